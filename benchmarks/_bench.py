@@ -1,0 +1,80 @@
+"""What the benchmarks share: alternating two sides in one process, and reporting what was seen."""
+
+import argparse
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call, its results awaited."""
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and range."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def alternate(
+    sides: dict[str, Callable[[], Any]], repeats: int = 10, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each side, called in turn (a machine whose speed drifts slows both)."""
+    for call in sides.values():
+        for _ in range(warm_up):
+            jax.block_until_ready(call())
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats):
+        # Whoever goes first finds the other's data in the cache: take turns at that as well.
+        for name in list(sides)[:: 1 if repeat % 2 else -1]:
+            times[name].append(seconds(sides[name]))
+    return times
+
+
+def ratios(times: dict[str, list[float]], over: str, under: str) -> dict[str, float]:
+    """Spread of the ratio over / under, pair by pair."""
+    return spread([a / b for a, b in zip(times[over], times[under], strict=True)])
+
+
+def compiled(function: Callable, *args: Any) -> tuple[Any, dict[str, float]]:
+    """The compiled function and its compile time, FLOPs and temporary bytes."""
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*args).compile()
+    elapsed = time.perf_counter() - start
+    memory, cost = program.memory_analysis(), program.cost_analysis()
+    figures = {
+        "compile_ms": 1e3 * elapsed,
+        "flops": cost.get("flops", float("nan")) if cost else float("nan"),
+        "temporary_bytes": memory.temp_size_in_bytes if memory else float("nan"),
+    }
+    return program, figures
+
+
+def options(doc: str, **defaults: int) -> argparse.Namespace:
+    """--json PATH, --repeats and the benchmark's own integer options."""
+    parser = argparse.ArgumentParser(description=doc.strip().splitlines()[0])
+    parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls of each side")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    return parser.parse_args()
+
+
+def report(figures: dict[str, Any], path: pathlib.Path | None) -> None:
+    """Print the figures with device and versions, and write them as JSON."""
+    figures = {
+        "device": f"{jax.devices()[0].device_kind} x {jax.device_count()}",
+        "jax": jax.__version__,
+        **figures,
+    }
+    text = json.dumps(figures, indent=2)
+    print(text)
+    if path is not None:
+        path.write_text(text + "\n")

@@ -1,0 +1,20 @@
+"""The log-alignment ratio in JAX: a training run tells whether it is learning or memorising."""
+
+from ._energies import Energies as Energies
+from ._energies import energies as energies
+from ._energies import lar as lar
+from ._lar import effective_dimension as effective_dimension
+from ._lar import participation_ratio as participation_ratio
+from ._ranks import effective_rank as effective_rank
+from ._ranks import principal_dimension as principal_dimension
+from ._ranks import stable_rank as stable_rank
+from ._spectra import Alignment as Alignment
+from ._spectra import Grams as Grams
+from ._spectra import Spectra as Spectra
+from ._spectra import TopOverlap as TopOverlap
+from ._spectra import alignment as alignment
+from ._spectra import grams as grams
+from ._spectra import spectra as spectra
+from ._spectra import top_overlap as top_overlap
+
+__version__ = "0.1.0"

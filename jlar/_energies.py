@@ -1,0 +1,163 @@
+"""Energies: the sums of squares of W, X and Y = X W^T, enough for LAR and its dimension k."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks as check
+from ._lar import effective_dimension, log_ratio
+from ._pool import Pool, counts
+
+
+class Energies(Pool):
+    r"""Sums of squares of one weight matrix at work, and token counts.
+
+    $\|XW^T\|^2$ and $\|X\|^2$ add over tokens, so micro-batches, shards and hosts pool exactly: the
+    energies of two batches of the same W, added, are those of the concatenated batch. (The mean of
+    their LARs is another number: the logarithm is not linear.) `sum(list)` and `.sum(axis)` pool
+    lists and stacks; what vmap or scan stacked has its leading axes on every field and property.
+
+    Example:
+        >>> import jax, jlar
+        >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> halves = jlar.energies(W, X[:32]) + jlar.energies(W, X[32:])
+        >>> print(f"{halves.lar:.4f} {jlar.lar(W, X):.4f} {halves.count}")
+        0.5024 0.5024 64
+    """
+
+    y: Float[Array, "*stack"]
+    """Sum of squares of Y = X W^T over the kept tokens."""
+    x: Float[Array, "*stack"]
+    """Sum of squares of X over the kept tokens."""
+    w: Float[Array, "*stack"]
+    """Sum of squares of W, once per call."""
+    calls: Float[Array, "*stack"]
+    """How many calls were pooled; w / calls is the sum of squares of W."""
+    kept: Float[Array, "*stack 2"]
+    """Tokens kept by the mask (read `count`)."""
+    total: Float[Array, "*stack 2"]
+    """Tokens seen, kept or not (see `keep_rate`)."""
+    n: int = eqx.field(static=True)
+    """Input width, the base of the logarithm."""
+
+    @classmethod
+    def zeros(cls, n: int, stack: tuple[int, ...] = (), dtype=jnp.float32) -> "Energies":
+        """No tokens of a width-n layer: what a scan starts to accumulate from."""
+        check.check_width(n, "the argument n")
+        zero, limbs = jnp.zeros(stack, dtype), jnp.zeros((*stack, 2), dtype)
+        return cls(y=zero, x=zero, w=zero, calls=zero, kept=limbs, total=limbs, n=n)
+
+    @property
+    def lar(self) -> Float[Array, "*stack"]:
+        """Log-alignment ratio of all that was pooled; nan if W, X or mask is zero or not finite."""
+        overlap = jnp.log(self.y) - jnp.log(self.x) - jnp.log(self.w / self.calls)
+        # An infinite x or w alone (overflow, or inf in the data) would read as -inf, a valid LAR.
+        finite = jnp.isfinite(self.y) & jnp.isfinite(self.x) & jnp.isfinite(self.w)
+        return log_ratio(jnp.where(finite, overlap, jnp.nan), self.n)
+
+    @property
+    def effective_dimension(self) -> Float[Array, "*stack"]:
+        """$k = n^{2(1-LAR)}$, see `jlar.effective_dimension`."""
+        return effective_dimension(self.lar, self.n)
+
+
+def measure(
+    W: Float[ArrayLike, "m n"],
+    X: Float[ArrayLike, "*t n"],
+    Y: Float[ArrayLike, "*t m"] | None,
+    mask: Shaped[ArrayLike, "*t"] | None,
+) -> Energies:
+    """The differentiable sums behind `lar` and `energies`."""
+    W = check.check_weights(W)
+    m, n = W.shape
+    X, keep = check.check_inputs(X, n, m, mask)
+    acc = check.accumulator(W, X)
+    Y = check.product(X, W, acc) if Y is None else check.check_outputs(Y, X, m, keep)
+    acc = check.accumulator(W, X, Y)
+    kept, total = counts(keep, X.shape[:-1], acc)
+    y, x, w = (jnp.sum(jnp.square(a.astype(acc))) for a in (Y, X, W))
+    return Energies(y=y, x=x, w=w, calls=jnp.ones((), acc), kept=kept, total=total, n=n)
+
+
+def energies(
+    W: Float[ArrayLike, "m n"],
+    X: Float[ArrayLike, "*t n"],
+    *,
+    Y: Float[ArrayLike, "*t m"] | None = None,
+    mask: Shaped[ArrayLike, "*t"] | None = None,
+) -> Energies:
+    """Sums of squares of W, X and Y = X W^T, from which LAR follows and which pool over batches.
+
+    Free when Y is at hand, as the logits are in a loss: two reductions that fuse with it. Without
+    Y the product is computed, O(t m n); `jlar.grams` gives the same LAR without any product of X
+    and W, cheaper when tokens and outputs both outnumber n. Gradients stop here; differentiate
+    `jlar.lar`. Source: equation (1) of arXiv 2605.28975, pooled before the logarithm.
+
+    Args:
+        W: weights (m, n), outputs x inputs, as `equinox.nn.Linear` stores them (a Flax kernel is
+            `kernel.T`). A scalar factor on W cancels.
+        X: inputs (..., n), any number of leading token axes; bf16 and smaller sum in float32.
+        Y: X W^T (..., m), if already computed: before bias, soft-cap and temperature.
+        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+
+    Returns:
+        `Energies`, scalar fields, float32 (float64 if an input is). Entries of W, X and Y between
+        about 1e-18 and 1e18 square within float32; a sum that overflows gives a LAR of nan.
+
+    Raises:
+        ValueError: at trace time, for wrong ranks or widths, n = 1, complex or misshapen arguments.
+
+    Example:
+        >>> import jax, jlar
+        >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> def loss(W, X):
+        ...     logits = X @ W.T
+        ...     return (logits**2).mean(), jlar.energies(W, X, Y=logits)
+        >>> (value, e), grad = jax.value_and_grad(loss, has_aux=True)(W, X)
+        >>> print(f"{e.lar:.4f} {e.effective_dimension:.1f} {e.keep_rate}")
+        0.5024 62.7 1.0
+    """
+    return jax.lax.stop_gradient(measure(W, X, Y, mask))
+
+
+def lar(
+    W: Float[ArrayLike, "m n"],
+    X: Float[ArrayLike, "*t n"],
+    *,
+    Y: Float[ArrayLike, "*t m"] | None = None,
+    mask: Shaped[ArrayLike, "*t"] | None = None,
+) -> Float[Array, ""]:
+    r"""Log-alignment ratio of a weight matrix W and the inputs X it multiplies.
+
+    $LAR = \log_n ( \|XW^T\|_{RMS} / (\|W\|_{RMS} \|X\|_{RMS}) )$, RMS norms over all entries
+    of the pooled batch: 1 if W has rank one and every input lies along it; 1/2 if the inputs ignore
+    the structure of W, as at initialisation; -inf if all inputs lie in the null space of W.
+    Trained layers are seen between 0.3 and 0.8. Equation (1) of arXiv 2605.28975.
+
+    Cost: that of `jlar.energies`, O(t (m + n) + m n) given Y. Differentiable in W, X and Y to any
+    order, except at W = 0 or X = 0. To pool batches, add their `jlar.energies`: never average LARs.
+
+    Args:
+        W: weights (m, n), outputs x inputs, as `equinox.nn.Linear` stores them (a Flax kernel is
+            `kernel.T`). A scalar factor on W cancels.
+        X: inputs (..., n), any number of leading token axes.
+        Y: X W^T (..., m), if already computed: before bias, soft-cap and temperature.
+        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+
+    Returns:
+        A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero or
+        anything kept is not finite.
+
+    Raises:
+        ValueError: at trace time, for wrong ranks or widths, n = 1, complex or misshapen arguments.
+
+    Example:
+        >>> import jax, jlar
+        >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> print(f"{jax.jit(jlar.lar)(W, X):.3f}")  # independent: about a half
+        0.502
+        >>> print(f"{jlar.lar(W, W):.3f}")  # inputs along the rows of W
+        0.583
+    """
+    return measure(W, X, Y, mask).lar

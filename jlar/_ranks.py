@@ -1,0 +1,114 @@
+"""Soft ranks of a matrix and the principal dimension of activations, which LAR is compared with."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks as check
+
+
+def _singular_values(W: Float[ArrayLike, "m n"]) -> Float[Array, "r"]:
+    W = check.real_array(W, "W")
+    if W.ndim != 2 or 0 in W.shape:
+        raise ValueError(f"W must have shape (m, n), neither zero; got shape {W.shape}.")
+    W, poison = check.finite_part(jax.lax.stop_gradient(W.astype(check.accumulator(W))))
+    return jnp.linalg.svd(W, compute_uv=False) + poison
+
+
+def stable_rank(W: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
+    r"""$\|W\|_F^2 / \|W\|_2^2 = 1/p_1$, equation (10) of arXiv 2605.28975.
+
+    1 for rank one, min(m, n) for an isometry. O(m n min(m, n)). Gradients stop here.
+
+    Args:
+        W: (m, n), any orientation: W and W.T give the same.
+
+    Returns:
+        A scalar in [1, min(m, n)], at least float32; nan for W = 0 or not finite.
+
+    Raises:
+        ValueError: W is not a non-empty matrix.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jlar
+        >>> print(jlar.stable_rank(jnp.eye(3)))
+        3.0
+    """
+    s = _singular_values(W)
+    return jnp.sum(jnp.square(s / s[0]))
+
+
+def effective_rank(W: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
+    r"""Exponential of the entropy of the normalised singular values (not their squares).
+
+    $\exp(-\sum_i \bar s_i \ln \bar s_i)$ with $\bar s = s / \sum_j s_j$; Roy and Vetterli
+    (2007), equation (11) of arXiv 2605.28975. 1 for rank one, min(m, n) for an isometry.
+    O(m n min(m, n)). Gradients stop here.
+
+    Args:
+        W: (m, n), any orientation: W and W.T give the same.
+
+    Returns:
+        A scalar in [1, min(m, n)], at least float32; nan for W = 0 or not finite.
+
+    Raises:
+        ValueError: W is not a non-empty matrix.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jlar
+        >>> print(f"{jlar.effective_rank(jnp.eye(3)):.2f}")
+        3.00
+    """
+    s = _singular_values(W)
+    return jnp.exp(jnp.sum(jax.scipy.special.entr(s / jnp.sum(s))))
+
+
+def principal_dimension(
+    X: Float[ArrayLike, "*t n"],
+    fraction: float = 0.95,
+    *,
+    mask: Shaped[ArrayLike, "*t"] | None = None,
+) -> Float[Array, ""]:
+    """The number of principal components that hold a fraction of the variance of X (k95).
+
+    Centred PCA over the tokens, as the paper compares with $k = n^{2(1-LAR)}$ (section 4 of arXiv
+    2605.28975). O(t n^2 + n^3), from the n x n covariance. Gradients stop here.
+
+    Args:
+        X: activations (..., n), any number of leading token axes, at least two tokens.
+        fraction: share of the variance to hold, in (0, 1].
+        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+
+    Returns:
+        A whole number in [1, n] as a floating-point scalar, so that nan can say that X is not
+        finite, constant, or all masked.
+
+    Raises:
+        ValueError: X is a scalar, the mask does not fit, or fraction is outside (0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jlar
+        >>> X = jnp.array([[3.0, 0.0, 1.0], [-3.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, -1.0, 1.0]])
+        >>> print(jlar.principal_dimension(X), jlar.principal_dimension(X, fraction=0.9))
+        2.0 1.0
+    """
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction is a share of the variance, in (0, 1]; got {fraction}.")
+    X = check.real_array(X, "X")
+    if X.ndim < 2:
+        raise ValueError(f"X must have shape (..., n) with at least one token axis; got {X.shape}.")
+    n = X.shape[-1]
+    keep = jnp.ones(X.shape[:-1], bool) if mask is None else check.check_mask(mask, X.shape[:-1])
+    X = jax.lax.stop_gradient(X.astype(check.accumulator(X))).reshape(-1, n)
+    keep = keep.reshape(-1, 1)
+    mean = jnp.mean(X, axis=0, where=keep)
+    centred = jnp.where(keep, X - mean, 0)
+    covariance, poison = check.finite_part(check.product(centred.T, centred.T, X.dtype))
+    variances = jnp.linalg.eigvalsh(covariance)[::-1]
+    held = jnp.cumsum(jnp.maximum(variances, 0)) + poison
+    # Compared at the last entry with itself, not with a separately rounded total.
+    enough = jnp.argmax(held >= jnp.asarray(fraction, X.dtype) * held[-1]) + 1
+    return jnp.where(held[-1] > 0, enough.astype(X.dtype), jnp.nan)

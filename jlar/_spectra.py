@@ -1,0 +1,291 @@
+"""Spectra: p of the weights and q of the activations, by SVD of W or from the two Gram matrices."""
+
+from typing import Literal, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped
+
+from . import _checks as check
+from ._energies import Energies
+from ._lar import log_ratio
+from ._pool import Pool, counts
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Spectra(eqx.Module):
+    r"""Weight spectrum p and activation spectrum q over the right singular directions of W.
+
+    $p_i = s_i^2 / \sum_j s_j^2$ (equation 2) and $q_i = \sum_x (v_i \cdot x)^2 / \sum_x \|x\|^2$,
+    uncentred; both of length n, in descending order of p, p zero on the null space of W, each
+    summing to 1. Where singular values coincide (the null space of a W with m < n, say) the basis,
+    and with it how q is split among those directions, is arbitrary; no property below depends on it
+    except `rank_corr` and, through the spread of q, `corr` and `sigma_q`.
+    """
+
+    p: Float[Array, "*stack n"]
+    q: Float[Array, "*stack n"]
+
+    @property
+    def lar(self) -> Float[Array, "*stack"]:
+        r"""$1 + \frac12 \log_n \sum_i p_i q_i$, equation (3)."""
+        return log_ratio(jnp.log(jnp.sum(self.p * self.q, axis=-1)), self.p.shape[-1])
+
+    @property
+    def sigma_p(self) -> Float[Array, "*stack"]:
+        """Population standard deviation of p, from 0 (uniform) to sqrt(n - 1)/n (rank one)."""
+        return jnp.sqrt(jnp.mean(jnp.square(_centred(self.p)), axis=-1))
+
+    @property
+    def sigma_q(self) -> Float[Array, "*stack"]:
+        """Population standard deviation of q, from 0 (isotropic) to sqrt(n - 1)/n."""
+        return jnp.sqrt(jnp.mean(jnp.square(_centred(self.q)), axis=-1))
+
+    @property
+    def corr(self) -> Float[Array, "*stack"]:
+        """Pearson correlation of p and q, in [-1, 1]; nan where either is constant."""
+        return _pearson(self.p, self.q)
+
+    @property
+    def rank_corr(self) -> Float[Array, "*stack"]:
+        """Spearman correlation of p and q (ties share their mean rank), in [-1, 1]."""
+        ranks = [jax.scipy.stats.rankdata(a, axis=-1) for a in (self.p, self.q)]
+        poisoned = jnp.isnan(jnp.sum(self.p + self.q, axis=-1))  # nan would be given a rank
+        return jnp.where(poisoned, jnp.nan, _pearson(*ranks))
+
+
+def _centred(a: Float[Array, "*stack n"]) -> Float[Array, "*stack n"]:
+    # The shift makes a constant spectrum exactly 0, so that its correlation is nan and not noise.
+    a = a - a[..., :1]
+    return a - jnp.mean(a, axis=-1, keepdims=True)
+
+
+def _pearson(a: Float[Array, "*stack n"], b: Float[Array, "*stack n"]) -> Float[Array, "*stack"]:
+    a, b = _centred(a), _centred(b)
+    a = a / jnp.linalg.norm(a, axis=-1, keepdims=True)
+    b = b / jnp.linalg.norm(b, axis=-1, keepdims=True)
+    return jnp.sum(a * b, axis=-1)
+
+
+class Grams(Pool):
+    """The second moments $W^T W$ and $X^T X$ of one weight matrix at work, both n x n.
+
+    They add over tokens as `Energies` do, never need Y, and never need W or X in one place: sums
+    over shards of the rows of W and of the tokens are exact. They hold everything the spectra do.
+    """
+
+    w: Float[Array, "*stack n n"]
+    """W^T W, once per call."""
+    x: Float[Array, "*stack n n"]
+    """X^T X over the kept tokens."""
+    calls: Float[Array, "*stack"]
+    """How many calls were pooled; w / calls is W^T W."""
+    kept: Float[Array, "*stack 2"]
+    """Tokens kept by the mask (read `count`)."""
+    total: Float[Array, "*stack 2"]
+    """Tokens seen, kept or not (see `keep_rate`)."""
+
+    @classmethod
+    def zeros(cls, n: int, stack: tuple[int, ...] = (), dtype=jnp.float32) -> "Grams":
+        """No tokens of a width-n layer: what a scan starts to accumulate from."""
+        check.check_width(n, "the argument n")
+        gram, limbs = jnp.zeros((*stack, n, n), dtype), jnp.zeros((*stack, 2), dtype)
+        return cls(w=gram, x=gram, calls=jnp.zeros(stack, dtype), kept=limbs, total=limbs)
+
+    @property
+    def energies(self) -> Energies:
+        r"""The same calls as sums of squares: $\|XW^T\|^2 = \langle W^T W, X^T X \rangle$."""
+        w = self.w / self.calls[..., None, None]
+        return Energies(
+            y=jnp.sum(w * self.x, axis=(-2, -1)),
+            x=jnp.trace(self.x, axis1=-2, axis2=-1),
+            w=jnp.trace(self.w, axis1=-2, axis2=-1),
+            calls=self.calls,
+            kept=self.kept,
+            total=self.total,
+            n=self.x.shape[-1],
+        )
+
+    @property
+    def lar(self) -> Float[Array, "*stack"]:
+        """Log-alignment ratio of everything pooled, without logits; nan as `Energies.lar`."""
+        return self.energies.lar
+
+    def spectra(self) -> Spectra:
+        """p and q by one n x n `eigh`, O(n^3). Entries of p below about n eps p_1 are rounding."""
+        w, poison = check.finite_part(self.w)
+        squares, V = jnp.linalg.eigh(w, symmetrize_input=False)
+        # Both are non-negative but for rounding.
+        p = jnp.maximum(squares[..., ::-1], 0)
+        q = jnp.sum(V * jnp.matmul(self.x, V, precision=HIGHEST), axis=-2)[..., ::-1]
+        p, q = p / jnp.sum(p, -1, keepdims=True), jnp.maximum(q, 0)
+        q = q / jnp.trace(self.x, axis1=-2, axis2=-1)[..., None]
+        return Spectra(p=p + poison[..., None], q=q + poison[..., None])
+
+
+def grams(
+    W: Float[ArrayLike, "m n"],
+    X: Float[ArrayLike, "*t n"],
+    *,
+    mask: Shaped[ArrayLike, "*t"] | None = None,
+) -> Grams:
+    """$W^T W$ and $X^T X$: everything the spectra and LAR need, in n x n numbers.
+
+    LAR from them needs no logits, so it works next to a fused loss; they pool over batches and
+    shards as `Energies` do. O((m + t) n^2). Gradients stop here.
+
+    Args:
+        W: weights (m, n), outputs x inputs.
+        X: inputs (..., n), any number of leading token axes; half precision is summed in float32.
+        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+
+    Returns:
+        `Grams` of two (n, n) matrices, float32 (float64 if an input is).
+
+    Raises:
+        ValueError: at trace time, for wrong ranks or widths, n = 1, complex or misshapen arguments.
+
+    Example:
+        >>> import jax, jlar
+        >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> pooled = jlar.grams(W, X[:32]) + jlar.grams(W, X[32:])
+        >>> print(f"{pooled.lar:.4f} {pooled.spectra().corr:.2f}")
+        0.5024 0.15
+    """
+    W = check.check_weights(W)
+    X, keep = check.check_inputs(X, W.shape[1], W.shape[0], mask)
+    acc = check.accumulator(W, X)
+    kept, total = counts(keep, X.shape[:-1], acc)
+    W, X = W.T, X.reshape(-1, X.shape[-1]).T
+    w, x = (check.product(a, a, acc) for a in (W, X))
+    pool = Grams(w=w, x=x, calls=jnp.ones((), acc), kept=kept, total=total)
+    return jax.lax.stop_gradient(pool)
+
+
+def spectra(
+    W: Float[ArrayLike, "m n"],
+    X: Float[ArrayLike, "*t n"],
+    *,
+    mask: Shaped[ArrayLike, "*t"] | None = None,
+    method: Literal["svd", "gram"] = "svd",
+) -> Spectra:
+    """The weight spectrum p and the activation spectrum q of inputs X on W's singular directions.
+
+    Equation (2) of arXiv 2605.28975. Gradients stop here (the derivative of a basis of singular
+    vectors does not exist where values coincide); differentiate `jlar.lar`.
+
+    Args:
+        W: weights (m, n), outputs x inputs, of any rank.
+        X: inputs (..., n), any number of leading token axes.
+        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+        method: "svd" decomposes W, accurate to rounding over the whole spectrum, O(m n min(m, n)).
+            "gram" is an `eigh` of W^T W, O((m + t) n^2 + n^3), far faster for tall W and the one to
+            use on a mesh; p_i carries an absolute error of order eps p_1.
+
+    Returns:
+        `Spectra` of p and q, (n,) each, float32 (float64 if an input is), non-negative; p is nan if
+        W is zero, q is nan if the kept X is zero, both are nan if anything kept is not finite.
+
+    Raises:
+        ValueError: at trace time, for wrong ranks or widths, n = 1, complex or misshapen arguments,
+            an unknown method.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jlar
+        >>> W = jnp.array([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> s = jlar.spectra(W, jnp.array([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]]))
+        >>> print(s.p, s.q)  # the third direction is W's null space
+        [0.8 0.2 0. ] [0.5  0.25 0.25]
+    """
+    if method == "gram":
+        return grams(W, X, mask=mask).spectra()
+    if method != "svd":
+        raise ValueError(f'method must be "svd" or "gram"; got {method!r}.')
+    W = check.check_weights(W)
+    m, n = W.shape
+    W, X = jax.lax.stop_gradient((W, check.check_inputs(X, n, m, mask)[0]))
+    acc = check.accumulator(W, X)
+    W, poison = check.finite_part(W.astype(acc))
+    X = X.reshape(-1, n).astype(acc)
+    # full_matrices only where W is wide: there it completes v_1..v_m to a basis of R^n.
+    _, s, Vt = jnp.linalg.svd(W, full_matrices=m < n)
+    p = jnp.pad(jnp.square(s / s[0]), (0, n - s.shape[0]))
+    q = jnp.sum(jnp.square(check.product(X, Vt, acc)), axis=0)
+    return Spectra(p=p / jnp.sum(p) + poison, q=q / jnp.sum(jnp.square(X)) + poison)
+
+
+class Alignment(NamedTuple):
+    """What `jlar.alignment` returns."""
+
+    p: Float[Array, "n"]
+    """Weight spectrum, descending, sums to 1."""
+    q: Float[Array, "n"]
+    """Activation spectrum in the same order, sums to 1."""
+    lar: Float[Array, ""]
+    r"""Log-alignment ratio, $1 + \frac12 \log_n \sum_i p_i q_i$."""
+
+
+def alignment(
+    W: Float[ArrayLike, "m n"],
+    X: Float[ArrayLike, "*t n"],
+    *,
+    mask: Shaped[ArrayLike, "*t"] | None = None,
+    method: Literal["svd", "gram"] = "svd",
+) -> Alignment:
+    r"""The map (W, X) -> (p, q, LAR): two spectra and the logarithm of their overlap.
+
+    $LAR = 1 + \frac12 \log_n \sum_i p_i q_i$, equation (3) of arXiv 2605.28975; see
+    `jlar.spectra` for the arguments, cost and errors, `jlar.lar` for LAR alone at a fraction of it.
+
+    Example:
+        >>> import jax, jlar
+        >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> p, q, lar = jax.jit(jlar.alignment)(W, X)
+        >>> print(p.shape, q.shape, f"{lar:.4f}")
+        (64,) (64,) 0.5024
+    """
+    s = spectra(W, X, mask=mask, method=method)
+    return Alignment(s.p, s.q, s.lar)
+
+
+class TopOverlap(NamedTuple):
+    """What `jlar.top_overlap` returns: LAR = L + D."""
+
+    L: Float[Array, "*stack"]
+    """LAR of the k leading directions alone."""
+    D: Float[Array, "*stack"]
+    """What the other directions add, at least 0."""
+
+
+def top_overlap(spectra: Spectra, k: int | Int[Array, ""]) -> TopOverlap:
+    r"""Split LAR into the k leading directions and the rest, $LAR = L_k + D_k$.
+
+    $L_k = 1 + \frac12 \log_n \sum_{i \le k} p_i q_i$; L_n = LAR and D_n = 0. Section 5 of arXiv
+    2605.28975 finds the signature of overfitting in L_1. O(n).
+
+    Args:
+        spectra: p and q, as returned by `jlar.spectra`.
+        k: how many leading directions, 1 to n; may be traced (vmap over several k).
+
+    Returns:
+        (L_k, D_k), L_k in [-inf, LAR].
+
+    Raises:
+        ValueError: k is outside 1..n (when it is a Python number).
+
+    Example:
+        >>> import jax, jlar
+        >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> L, D = jlar.top_overlap(jlar.spectra(W, X), k=5)
+        >>> print(f"{L:.3f} + {D:.3f} = {L + D:.3f}")
+        0.346 + 0.157 = 0.502
+    """
+    n = spectra.p.shape[-1]
+    if isinstance(k, int) and not 1 <= k <= n:
+        raise ValueError(f"k must be from 1 to n = {n}, the number of directions; got {k}.")
+    top = jnp.where(jnp.arange(n) < k, spectra.p * spectra.q, 0)
+    L = log_ratio(jnp.log(jnp.sum(top, axis=-1)), n)
+    return TopOverlap(L, spectra.lar - L)

@@ -1,0 +1,262 @@
+"""lar, Energies and the effective dimension against the definition."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.test_util import check_grads
+
+import jlar
+import reference
+from cases import CASES, gaussian, subspace
+
+# Relative error of each dtype's rounding of the inputs, with a margin for the sums.
+TOLERANCE = {"float32": 2e-6, "float64": 1e-12, "bfloat16": 1e-2, "float16": 1e-3}
+
+
+def pair(name: str, dtype: str = "float32"):
+    return tuple(jnp.asarray(a, dtype) for a in CASES[name]())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", CASES)
+def test_definition(name, dtype):
+    if dtype == "float16" and name == "small and large":
+        pytest.skip("1e6 is not a float16")
+    W, X = pair(name, dtype)
+    expected = reference.lar(W, X)  # of the rounded inputs: the sums themselves are float32
+    for value in (
+        jlar.lar(W, X),
+        jax.jit(jlar.lar)(W, X),
+        jlar.energies(W, X).lar,
+        jlar.grams(W, X).lar,
+    ):
+        assert value.dtype == jnp.float32
+        np.testing.assert_allclose(value, expected, rtol=TOLERANCE["float32"], atol=2e-6)
+    given_Y = (X @ W.T).astype(dtype)
+    np.testing.assert_allclose(
+        jlar.lar(W, X, Y=given_Y), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_definition_in_double_precision(name, x64):
+    W, X = pair(name, "float64")
+    expected = reference.lar(W, X)
+    for value in (jlar.lar(W, X), jlar.energies(W, X).lar, jlar.grams(W, X).lar):
+        assert value.dtype == jnp.float64
+        np.testing.assert_allclose(value, expected, rtol=1e-12)
+
+
+def test_mixed_dtypes_meet_in_float32():
+    W, X = pair("aligned")
+    X = X.astype(jnp.bfloat16)
+    np.testing.assert_allclose(jlar.lar(W, X), reference.lar(W, X), rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "int32"])
+def test_narrow_dtypes_are_summed_in_float32(dtype, unchecked):
+    W, X = (jnp.asarray(4 * a, dtype) for a in CASES["aligned"]())
+    np.testing.assert_allclose(
+        jlar.lar(W, X), reference.lar(W.astype(jnp.float32), X.astype(jnp.float32)), rtol=2e-6
+    )
+
+
+def test_any_number_of_token_axes():
+    W, X = pair("aligned")
+    expected = jlar.lar(W, X)
+    np.testing.assert_allclose(jlar.lar(W, X.reshape(2, 4, 10, -1)), expected, rtol=1e-6)
+    np.testing.assert_allclose(jlar.lar(W, X[0]), reference.lar(W, X[:1]), rtol=2e-6)
+
+
+@pytest.mark.parametrize("mask_dtype", [bool, jnp.int32, jnp.float32, jnp.bfloat16])
+def test_mask_counts_only_kept_tokens(mask_dtype):
+    W, X = pair("aligned")
+    X = X.reshape(4, 20, -1).at[0, 3].set(jnp.nan)  # what padding may hold
+    mask = (jnp.arange(80).reshape(4, 20) % 3 > 0).astype(mask_dtype)
+    expected = reference.lar(W, X, mask)
+    e = jlar.energies(W, X, mask=mask)
+    np.testing.assert_allclose(e.lar, expected, rtol=2e-6)
+    np.testing.assert_allclose(jlar.energies(W, X, Y=X @ W.T, mask=mask).lar, expected, rtol=2e-6)
+    np.testing.assert_allclose(jlar.grams(W, X, mask=mask).lar, expected, rtol=2e-6)
+    assert int(e.count) == int(mask.sum()) == 53
+    np.testing.assert_allclose(e.keep_rate, 53 / 80)
+
+
+@pytest.mark.parametrize("statistic", [jlar.energies, jlar.grams])
+def test_pooling_equals_the_concatenated_batch(statistic):
+    W, X = pair("aligned")
+    parts = [X[:7], X[7:30] * 3, X[30:]]
+    whole = statistic(W, jnp.concatenate(parts))
+    for pooled in (
+        sum(statistic(W, part) for part in parts),
+        statistic(W, parts[0]) + (statistic(W, parts[1]) + statistic(W, parts[2])),
+    ):
+        chex.assert_trees_all_close(
+            jax.tree.leaves((pooled.lar, pooled.count, pooled.keep_rate)),
+            jax.tree.leaves((whole.lar, whole.count, whole.keep_rate)),
+            rtol=2e-6,
+        )
+
+
+@pytest.mark.parametrize("statistic", [jlar.energies, jlar.grams])
+def test_sum_pools_what_vmap_and_scan_stack(statistic):
+    W, X = pair("aligned")
+    batches = X.reshape(4, 20, -1)
+    whole = statistic(W, X)
+    stacked = jax.vmap(lambda x: statistic(W, x))(batches)
+    assert stacked.lar.shape == (4,) and stacked.count.tolist() == [20] * 4
+    _, scanned = jax.lax.scan(lambda _, x: (None, statistic(W, x)), None, batches)
+    carried, _ = jax.lax.scan(
+        lambda total, x: (total + statistic(W, x), None), type(whole).zeros(X.shape[-1]), batches
+    )
+    square = jax.tree.map(lambda a: a.reshape(2, 2, *a.shape[1:]), stacked)
+    for pooled in (stacked.sum(), scanned.sum(axis=0), carried, square.sum((0, 1))):
+        np.testing.assert_allclose(pooled.lar, whole.lar, rtol=1e-6)
+        assert int(pooled.count) == 80
+    # The mean of the logarithms is another number: the pooled one is what the library gives.
+    assert abs(float(stacked.lar.mean() - whole.lar)) > 1e-4
+
+
+def test_counts_do_not_saturate():
+    W = jnp.ones((1, 2))
+    big = jlar.energies(W, jnp.ones((2**24, 2), jnp.bfloat16))
+    one = jlar.energies(W, jnp.ones((1, 2)), mask=jnp.ones((1,), jnp.bfloat16))
+    assert int((big + one).count) == 2**24 + 1
+    many = jax.tree.map(lambda a: jnp.broadcast_to(a, (5, *a.shape)), big + one)
+    assert int(many.sum().count) == 5 * (2**24 + 1)
+
+
+def test_effective_dimension():
+    np.testing.assert_allclose(
+        jlar.effective_dimension(jnp.array([1.0, 0.5, 0.75, 0.0]), 16), [1, 16, 4, 256], rtol=1e-5
+    )
+    for k in (1, 5, 16):  # equation (6): p uniform on k directions that hold all of q
+        W, X = (jnp.asarray(a, jnp.float32) for a in subspace(k, 20, 16, 40))
+        np.testing.assert_allclose(jlar.energies(W, X).effective_dimension, k, rtol=1e-5)
+        np.testing.assert_allclose(jlar.lar(W, X), 1 - np.log(k) / np.log(16) / 2, atol=1e-6)
+
+
+def test_extremes():
+    W = jnp.outer(jnp.arange(1.0, 5), jnp.array([0.0, 3.0, 4.0]))
+    along, across = jnp.array([[0.0, 0.6, 0.8]]), jnp.array([[1.0, 0.0, 0.0]])
+    np.testing.assert_allclose(jlar.lar(W, along), 1, atol=1e-6)
+    assert jlar.lar(W, across) == -jnp.inf
+    assert jlar.energies(W, across).effective_dimension == jnp.inf
+    np.testing.assert_allclose(jlar.lar(jnp.eye(6), jnp.ones((3, 6))), 0.5, atol=1e-6)
+
+
+@pytest.mark.parametrize("of", ["W", "X", "mask", "nan", "inf W", "inf X"])
+def test_nan_out(of):
+    W, X = pair("tall")
+    mask, Y = None, X @ W.T
+    if of == "W":
+        W, Y = jnp.zeros_like(W), jnp.zeros_like(Y)
+    elif of == "X":
+        X, Y = jnp.zeros_like(X), jnp.zeros_like(Y)
+    elif of == "mask":
+        mask = jnp.zeros(X.shape[:-1])
+    elif of == "nan":
+        X = X.at[0, 0].set(jnp.nan)
+    elif of == "inf W":
+        W = W.at[0, 0].set(jnp.inf)
+    else:
+        X = X.at[0, 0].set(jnp.inf)
+    with jax.debug_nans(False):
+        assert jnp.isnan(jlar.lar(W, X, mask=mask))
+        assert jnp.isnan(jlar.lar(W, X, Y=Y, mask=mask))
+        assert jnp.isnan(jlar.energies(W, X, mask=mask).effective_dimension)
+        assert jnp.isnan(jlar.grams(W, X, mask=mask).lar)
+        for method in ("svd", "gram"):
+            assert jnp.isnan(jlar.alignment(W, X, mask=mask, method=method).lar)
+    assert jnp.isnan(jlar.Energies.zeros(12).lar)
+
+
+def test_derivatives_to_order_two(x64):
+    W, X = (jnp.asarray(a) for a in gaussian(5, 4, 6))
+    mask = jnp.array([1, 1, 0, 1, 1, 1])
+    check_grads(lambda W, X: jlar.lar(W, X, mask=mask), (W, X), order=2)
+    check_grads(lambda W, X, Y: jlar.lar(W, X, Y=Y), (W, X, X @ W.T), order=2)
+    masked = jax.grad(lambda X: jlar.lar(W, X, mask=mask))(X.at[2].set(jnp.nan))
+    assert jnp.isfinite(masked).all() and not masked[2].any()
+
+
+def test_statistics_stop_gradients():
+    W, X = pair("tall")
+    for statistic in (
+        lambda W, X: jlar.energies(W, X).lar,
+        lambda W, X: jlar.grams(W, X).lar,
+        lambda W, X: jlar.spectra(W, X).corr,
+        lambda W, X: jlar.spectra(W, X, method="gram").lar,
+        lambda W, X: jlar.stable_rank(W) + jlar.effective_rank(W) + jlar.principal_dimension(X),
+    ):
+        chex.assert_trees_all_equal(
+            jax.grad(statistic, argnums=(0, 1))(W, X), (jnp.zeros_like(W), jnp.zeros_like(X))
+        )
+
+
+def test_transformations_compose_without_retracing():
+    W, X = pair("square")
+    traced = jax.jit(chex.assert_max_traces(jlar.lar, n=1))
+    np.testing.assert_allclose(traced(W, X), jlar.lar(W, X), rtol=1e-6)
+    traced(W + 1, X)
+    Ws, Xs = jnp.stack([W, 2 * W + 1]), jnp.stack([X, X - 1])
+    each = [jlar.lar(w, x) for w, x in zip(Ws, Xs, strict=True)]
+    np.testing.assert_allclose(jax.jit(jax.vmap(jlar.lar))(Ws, Xs), each, rtol=1e-6)
+    gradient = jax.vmap(jax.grad(jlar.lar))(Ws, Xs)
+    np.testing.assert_allclose(gradient[1], jax.grad(jlar.lar)(Ws[1], Xs[1]), atol=1e-6)
+
+
+small = st.integers(2, 6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(m=small, n=small, t=small, seed=st.integers(0, 2**32 - 1))
+def test_invariances_and_bounds(m, n, t, seed):
+    rng = np.random.default_rng(seed)
+    W, X = rng.normal(size=(m, n)), rng.normal(size=(t, n))
+    rotate_in, rotate_out = (np.linalg.qr(rng.normal(size=(k, k)))[0] for k in (n, m))
+    expected = float(reference.lar(W, X))
+    a, b = rng.uniform(1e-3, 1e3, 2)
+    for w, x in (
+        (W, X),
+        (a * W, -b * X),
+        (rotate_out @ W @ rotate_in, X @ rotate_in),
+        (W, rng.permutation(X)),
+    ):
+        value = float(jlar.lar(jnp.asarray(w, jnp.float32), jnp.asarray(x, jnp.float32)))
+        assert value <= 1 + 1e-6
+        np.testing.assert_allclose(value, expected, atol=2e-5)
+
+
+ERRORS = {
+    "W must have shape": lambda W, X: jlar.lar(W[None], X),
+    "W must have at least one row": lambda W, X: jlar.lar(W[:0], X),
+    "must be at least 2; got n = 1": lambda W, X: jlar.lar(W[:, :1], X[:, :1]),
+    r"X must have shape \(..., 12\)": lambda W, X: jlar.energies(W, X[:, :5]),
+    r"kernel\.T": lambda W, X: jlar.lar(W.T, X),
+    "tokens first": lambda W, X: jlar.grams(W, jnp.float32(1)),
+    "Y must be X @ W.T": lambda W, X: jlar.lar(W, X, Y=X),
+    r"mask must have one entry per token, shape \(30,\)": lambda W, X: jlar.lar(W, X, mask=X),
+    "W must be real": lambda W, X: jlar.lar(W.astype(jnp.complex64), X),
+    'method must be "svd" or "gram"; got \'qr\'': lambda W, X: jlar.spectra(W, X, method="qr"),
+    "k must be from 1 to n = 12": lambda W, X: jlar.top_overlap(jlar.spectra(W, X), 13),
+    "argument n": lambda W, X: jlar.effective_dimension(jnp.float32(0.5), 1),
+    "W must have shape .*neither zero": lambda W, X: jlar.stable_rank(X[0]),
+    "fraction is a share": lambda W, X: jlar.principal_dimension(X, 95.0),
+    "at least one token axis": lambda W, X: jlar.principal_dimension(X[0]),
+    "p must have shape": lambda W, X: jlar.participation_ratio(X[0, 0]),
+    "same weight matrix": lambda W, X: jlar.energies(W, X) + jlar.energies(W[:, :5], X[:, :5]),
+    "nothing to sum": lambda W, X: jlar.energies(W, X).sum(),
+    "from 0 to 0 here": lambda W, X: jlar.Energies.zeros(3, (2,)).sum(-1),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_misuse_is_named_at_trace_time(message, unchecked):
+    W, X = pair("tall")
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(ERRORS[message], W, X)

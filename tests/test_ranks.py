@@ -1,0 +1,50 @@
+"""Soft ranks and the principal dimension against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlar
+import reference
+from cases import CASES
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_soft_ranks(name):
+    W = jnp.asarray(CASES[name]().W, jnp.float32)
+    np.testing.assert_allclose(jlar.stable_rank(W), reference.stable_rank(W), rtol=1e-5)
+    np.testing.assert_allclose(jlar.effective_rank(W), reference.effective_rank(W), rtol=1e-4)
+    np.testing.assert_allclose(jlar.effective_rank(W.T), jlar.effective_rank(W), rtol=1e-4)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.95, 0.99])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "one token"])
+def test_principal_dimension(name, fraction):
+    X = jnp.asarray(CASES[name]().X, jnp.float32)
+    expected = reference.principal_dimension(X, fraction)
+    assert int(jlar.principal_dimension(X, fraction)) == expected
+    assert int(jax.jit(jlar.principal_dimension, static_argnums=1)(X, fraction)) == expected
+    assert int(jlar.principal_dimension(X + 5, fraction)) == expected  # centred
+
+
+def test_principal_dimension_of_the_kept_tokens():
+    X = jnp.asarray(CASES["aligned"]().X, jnp.float32)
+    mask = jnp.arange(80) < 30
+    value = jlar.principal_dimension(
+        X.at[50].set(jnp.nan).reshape(4, 20, -1), mask=mask.reshape(4, 20)
+    )
+    assert int(value) == reference.principal_dimension(X, mask=mask)
+    assert value <= 29  # the rank of 30 centred tokens
+
+
+def test_nan_out():
+    X = jnp.asarray(CASES["aligned"]().X, jnp.float32)
+    with jax.debug_nans(False):
+        assert jnp.isnan(jlar.principal_dimension(X.at[0, 0].set(jnp.nan)))
+        assert jnp.isnan(jlar.principal_dimension(jnp.ones((5, 3))))
+        assert jnp.isnan(jlar.principal_dimension(X, mask=jnp.zeros(80)))
+        assert jnp.isnan(jlar.participation_ratio(jnp.zeros(3)))
+        for rank in (jlar.stable_rank, jlar.effective_rank):
+            assert jnp.isnan(rank(jnp.zeros((3, 2))))
+            assert jnp.isnan(rank(jnp.full((3, 2), jnp.nan)))
