@@ -1,5 +1,7 @@
 """The log-alignment ratio in JAX: a training run tells whether it is learning or memorising."""
 
+from . import nn as nn
+from . import probes as probes
 from ._energies import Energies as Energies
 from ._energies import energies as energies
 from ._energies import lar as lar
@@ -16,5 +18,7 @@ from ._spectra import alignment as alignment
 from ._spectra import grams as grams
 from ._spectra import spectra as spectra
 from ._spectra import top_overlap as top_overlap
+from ._transform import evaluate as evaluate
+from ._transform import value_and_grad as value_and_grad
 
 __version__ = "0.1.0"

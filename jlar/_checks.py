@@ -90,9 +90,12 @@ def check_mask(mask: ArrayLike, tokens: tuple[int, ...]) -> Bool[Array, "..."]:
 
 
 def zero_masked(X: Array, keep: Array | None) -> Array:
-    """X with the tokens that are not kept set to zero."""
+    """X with the tokens that are not kept set to zero; tokens lead, any number of axes follow."""
+    if keep is None:
+        return X
     # where, not multiplication: a padded token may hold nan, and 0 * nan is nan.
-    return X if keep is None else jnp.where(keep[..., None], X, jnp.zeros((), X.dtype))
+    keep = keep[(..., *(None,) * (X.ndim - keep.ndim))]
+    return jnp.where(keep, X, jnp.zeros((), X.dtype))
 
 
 def product(X: Array, W: Array, acc: jnp.dtype) -> Array:

@@ -74,8 +74,15 @@ def measure(
     X, keep = check.check_inputs(X, n, m, mask)
     acc = check.accumulator(W, X)
     Y = check.product(X, W, acc) if Y is None else check.check_outputs(Y, X, m, keep)
+    return sums(W, X, Y, keep, X.shape[:-1], n)
+
+
+def sums(
+    W: Array, X: Array, Y: Array, keep: Array | None, tokens: tuple[int, ...], n: int
+) -> Energies:
+    """The sums themselves, of arrays in any layout whose masked tokens are zero."""
     acc = check.accumulator(W, X, Y)
-    kept, total = counts(keep, X.shape[:-1], acc)
+    kept, total = counts(keep, tokens, acc)
     y, x, w = (jnp.sum(jnp.square(a.astype(acc))) for a in (Y, X, W))
     return Energies(y=y, x=x, w=w, calls=jnp.ones((), acc), kept=kept, total=total, n=n)
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 # A count is held as two floats, high * BASE + low, because statistics have to be floating point to
 # travel as cotangents (jlar.probes) and one float32 stops counting at 2^24. Plain addition, which
@@ -19,9 +19,9 @@ def to_limbs(count: Int[Array, "*stack"], dtype: jnp.dtype) -> Float[Array, "*st
     return jnp.stack([count // BASE, count % BASE], axis=-1).astype(dtype)
 
 
-def from_limbs(limbs: Float[Array, "*stack 2"]) -> Int[Array, "*stack"]:
+def from_limbs(limbs: Float[ArrayLike, "*stack 2"]) -> Int[Array, "*stack"]:
     """The integer count that (high, low) stand for."""
-    whole = limbs.astype(jnp.int32)
+    whole = jnp.asarray(limbs).astype(jnp.int32)
     return whole[..., 0] * BASE + whole[..., 1]
 
 
