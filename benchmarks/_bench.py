@@ -63,7 +63,8 @@ def options(doc: str, **defaults: int) -> argparse.Namespace:
     parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls of each side")
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=int, default=default, help=f"default {default}")
     return parser.parse_args()
 
 

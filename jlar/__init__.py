@@ -1,5 +1,6 @@
 """The log-alignment ratio in JAX: a training run tells whether it is learning or memorising."""
 
+from . import losses as losses
 from . import nn as nn
 from . import probes as probes
 from ._energies import Energies as Energies
@@ -20,5 +21,7 @@ from ._spectra import spectra as spectra
 from ._spectra import top_overlap as top_overlap
 from ._transform import evaluate as evaluate
 from ._transform import value_and_grad as value_and_grad
+from ._update import UpdateAlignment as UpdateAlignment
+from ._update import update_alignment as update_alignment
 
 __version__ = "0.1.0"

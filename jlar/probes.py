@@ -66,33 +66,13 @@ def tap(
     """
     tokens = _token_axes(probe.n, W, X, Y)
     keep = None if mask is None else check.check_mask(mask, tokens)
-    seen = _measured(tokens, probe)(*jax.lax.stop_gradient((W, X, Y)), keep)
+    w, x, y = jax.lax.stop_gradient((W, X, Y))
+    seen = sums(w, check.zero_masked(x, keep), check.zero_masked(y, keep), keep, tokens, probe.n)
+    # JAX sums a cotangent over a vmapped axis only if it varies along it, and a count of tokens
+    # does not: all statistics are made to depend on Y (by adding 0, also if it is nan).
+    tie = 0 * jnp.isnan(seen.y).astype(seen.y.dtype)
+    seen = jax.tree.map(lambda s, p: (s + tie).astype(p.dtype), seen, probe)
     return _attach(probe, checkpoint_name(seen, NAME), Y)
-
-
-def _measured(tokens: tuple[int, ...], probe: Energies) -> Callable[..., Energies]:
-    """A function of (W, X, Y, keep) to their energies, in the probe's dtypes."""
-
-    def measure(W: Array, X: Array, Y: Array, keep: Array | None) -> Energies:
-        X, Y = check.zero_masked(X, keep), check.zero_masked(Y, keep)
-        seen = sums(W, X, Y, keep, tokens, probe.n)
-        # JAX sums a cotangent over a vmapped axis only if it varies along it, and a count of
-        # tokens does not: all statistics are made to depend on Y (by adding 0, also if it is nan).
-        tie = 0 * jnp.isnan(seen.y).astype(seen.y.dtype)
-        return jax.tree.map(lambda s, p: (s + tie).astype(p.dtype), seen, probe)
-
-    # vmap is told to read Y in the layout in which it hands it on: with a second reader of another
-    # layout XLA would not fold that transpose into the product, and the loss differs in its last
-    # bit from the loss without a probe.
-    batched = jax.custom_batching.custom_vmap(measure)
-
-    @batched.def_vmap
-    def _(axis_size: int, in_batched: list, *args: Array | None) -> tuple[Energies, Any]:
-        axes = jax.tree.map(lambda b: 0 if b else None, in_batched)
-        seen = jax.vmap(measure, axes, axis_size=axis_size)(*args)
-        return seen, jax.tree.map(lambda _: True, seen)
-
-    return batched
 
 
 @jax.custom_vjp

@@ -29,6 +29,24 @@ def test_bare_function():
     chex.assert_trees_all_equal(gradient, jax.jit(jax.grad(lambda W: jnp.sum((X @ W.T) ** 2)))(W))
 
 
+def test_mlp_bit_for_bit():
+    weights = [jax.random.normal(key, (16, 16)) / 4 for key in KEYS[:3]]
+    x = jax.random.normal(KEYS[3], (100, 16))
+
+    def loss(weights, probes):
+        h = x
+        for i, W in enumerate(weights):
+            Y = h @ W.T
+            h = jax.nn.gelu(Y if probes is None else tap(probes[i], W, h, Y))
+        return jnp.mean(h**2)
+
+    probes = [zeros(16)] * 3
+    value, (gradient, e) = jax.jit(jax.value_and_grad(loss, (0, 1)))(weights, probes)
+    plain = jax.jit(jax.value_and_grad(lambda w: loss(w, None)))(weights)
+    chex.assert_trees_all_equal((value, gradient), plain)
+    np.testing.assert_allclose(e[0].lar, reference.lar(weights[0], x), rtol=1e-5)
+
+
 def test_masked_tokens_do_not_count():
     """Padding, and documents packed into one row: one LAR for each."""
     W = jax.random.normal(KEYS[1], (4, 8))

@@ -1,0 +1,170 @@
+"""Claim: LAR costs <= 2% of a training step for the unembedding, <= 6% for every matrix (CPU).
+
+    python benchmarks/overhead.py [--json PATH] [--repeats 10] [--layers 4] [--width 512]
+        [--vocabulary 32000] [--batch 8] [--length 512] [--bf16 0] [--compile-only 1]
+
+A decoder of scanned, rematerialised blocks with AdamW, three times: without LAR, with the energies
+of the unembedding as an auxiliary output of the loss, and with `jlar.value_and_grad` on every
+matrix. Compared: FLOPs and temporary memory as compiled, and time, the three sides in turn.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import _bench as bench
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+import jlar
+
+
+def linear(layer: eqx.nn.Linear, x: Float[Array, "b t n"]) -> Float[Array, "b t m"]:
+    """A layer over batch and time, in the dtype of its input."""
+    return jax.vmap(jax.vmap(layer))(x)
+
+
+def rms_norm(x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
+    """Root-mean-square normalisation without a gain."""
+    return (
+        x * jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True))
+    ).astype(x.dtype)
+
+
+class Block(eqx.Module):
+    """Causal attention with heads of 64 and a GeLU MLP of four times the width."""
+
+    q: eqx.nn.Linear
+    k: eqx.nn.Linear
+    v: eqx.nn.Linear
+    o: eqx.nn.Linear
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __init__(self, width: int, dtype: Any, key: PRNGKeyArray):
+        shapes = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]
+        layers = [
+            eqx.nn.Linear(*shape, use_bias=False, dtype=dtype, key=k)
+            for shape, k in zip(shapes, jax.random.split(key, 6), strict=True)
+        ]
+        self.q, self.k, self.v, self.o, self.up, self.down = layers
+
+    def __call__(self, x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
+        h = rms_norm(x)
+        q, k, v = (linear(f, h).reshape(*x.shape[:2], -1, 64) for f in (self.q, self.k, self.v))
+        a = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        x = x + linear(self.o, a.reshape(x.shape))
+        return x + linear(self.down, jax.nn.gelu(linear(self.up, rms_norm(x))))
+
+
+class Decoder(eqx.Module):
+    """Embedding, scanned blocks under remat, untied unembedding."""
+
+    embedding: Float[Array, "v n"]
+    blocks: Block
+    head: eqx.nn.Linear
+    policy: Callable[..., Any] = eqx.field(static=True)
+
+    def __init__(self, args: Any, policy: Callable[..., Any], key: PRNGKeyArray):
+        dtype, keys = jnp.bfloat16 if args.bf16 else jnp.float32, jax.random.split(key, 3)
+        self.embedding = jax.random.normal(keys[0], (args.vocabulary, args.width), dtype)
+        make = eqx.filter_vmap(lambda key: Block(args.width, dtype, key))
+        self.blocks = make(jax.random.split(keys[1], args.layers))
+        self.head = eqx.nn.Linear(args.width, args.vocabulary, False, dtype=dtype, key=keys[2])
+        self.policy = policy
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t n"]:
+        rows, static = eqx.partition(self.blocks, eqx.is_array)
+        layer = jax.checkpoint(lambda x, row: eqx.combine(row, static)(x), policy=self.policy)
+        x, _ = jax.lax.scan(lambda x, row: (layer(x, row), None), self.embedding[tokens], rows)
+        return rms_norm(x)
+
+
+def mean_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) -> Float[Array, ""]:
+    """Next-token cross-entropy."""
+    logits = logits[:, :-1].astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def plain(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
+    """(loss, nothing), gradients."""
+
+    def loss(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
+        return mean_loss(linear(model.head, model(tokens)), tokens), None
+
+    return eqx.filter_value_and_grad(loss, has_aux=True)(model, tokens)
+
+
+def unembedding(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
+    """(loss, energies of the unembedding), gradients."""
+
+    def loss(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
+        x = model(tokens)
+        logits = linear(model.head, x)
+        return mean_loss(logits, tokens), jlar.energies(model.head.weight, x, Y=logits)
+
+    return eqx.filter_value_and_grad(loss, has_aux=True)(model, tokens)
+
+
+def every_matrix(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
+    """(loss, energies of every matrix), gradients."""
+
+    def loss(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
+        return mean_loss(linear(model.head, model(tokens)), tokens)
+
+    return jlar.value_and_grad(loss)(model, tokens)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    defaults = dict(layers=4, width=512, vocabulary=32_000, batch=8, length=512)
+    args = bench.options(__doc__ or "", **defaults, bf16=0, compile_only=0)
+    nothing = jax.checkpoint_policies.nothing_saveable
+    sides = {
+        "plain": (plain, nothing),
+        "unembedding": (unembedding, nothing),
+        "every_matrix": (every_matrix, jlar.probes.save_statistics()),
+    }
+    tokens = jax.random.randint(jax.random.key(1), (args.batch, args.length), 0, args.vocabulary)
+    optimiser = optax.adamw(1e-3)
+    calls, costs = {}, {}
+    for name, (gradient, policy) in sides.items():
+        arrays, static = eqx.partition(Decoder(args, policy, jax.random.key(0)), eqx.is_array)
+        state = optimiser.init(arrays)
+
+        def step(arrays: Any, state: Any, gradient: Any = gradient, static: Any = static) -> Any:
+            value, grads = gradient(eqx.combine(arrays, static), tokens)
+            updates, state = optimiser.update(eqx.filter(grads, eqx.is_array), state, arrays)
+            lars = jax.tree.map(
+                lambda e: e.lar, value[1], is_leaf=lambda e: isinstance(e, jlar.Energies)
+            )
+            return optax.apply_updates(arrays, updates), state, value[0], lars
+
+        program, costs[name] = bench.compiled(step, arrays, state)
+        calls[name] = lambda program=program, arrays=arrays, state=state: program(arrays, state)
+    figures: dict[str, Any] = {"sizes": vars(args) | {"json": None}, "compiled": costs}
+    claims = {}
+    for name, (time, flops, memory) in {
+        "unembedding": (0.02, 0.005, 0.01),
+        "every_matrix": (0.06, 0.02, 0.02),
+    }.items():
+        for cost, limit in (("flops", flops), ("temporary_bytes", memory)):
+            ratio = costs[name][cost] / costs["plain"][cost]
+            claims[f"{name} {cost}"] = (ratio, 1 + limit)
+        claims[f"{name} time"] = (float("nan"), 1 + time)
+    if not args.compile_only:
+        times = bench.alternate(calls, args.repeats)
+        for name in ("unembedding", "every_matrix"):
+            figures[f"time_{name}_over_plain"] = spread = bench.ratios(times, name, "plain")
+            claims[f"{name} time"] = (spread["median"], claims[f"{name} time"][1])
+        figures["seconds"] = {name: bench.spread(t) for name, t in times.items()}
+    figures["ratio_and_limit"] = claims
+    bench.report(figures, args.json)
+    missed = [claim for claim, (ratio, limit) in claims.items() if ratio > limit]
+    assert not missed, f"missed: {missed}"
+
+
+if __name__ == "__main__":
+    main()

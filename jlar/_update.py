@@ -1,0 +1,90 @@
+"""Update alignment: how the change of a layer's weights and inputs lines up with either."""
+
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from . import _checks as check
+from ._energies import lar
+
+
+class UpdateAlignment(NamedTuple):
+    """What `jlar.update_alignment` returns."""
+
+    alpha: Float[Array, ""]
+    """LAR of the change of the weights on the inputs as they were: X0 dW^T."""
+    omega: Float[Array, ""]
+    """LAR of the weights as they were on the change of the inputs: dX W0^T."""
+    u: Float[Array, ""]
+    """LAR of the change of the weights on the change of the inputs: dX dW^T."""
+
+
+def update_alignment(
+    W0: Float[ArrayLike, "m n"],
+    W: Float[ArrayLike, "m n"],
+    X0: Float[ArrayLike, "*t n"],
+    X: Float[ArrayLike, "*t n"],
+    *,
+    mask: Shaped[ArrayLike, "*t"] | None = None,
+) -> UpdateAlignment:
+    r"""The log-alignment ratios of the three terms by which training changes a layer's output.
+
+    With dW = W - W0 and dX = X - X0 the output is
+    $XW^T = X_0 W_0^T + X_0\,dW^T + dX\,W_0^T + dX\,dW^T$; alpha, omega and u are `jlar.lar` of the
+    second, third and fourth term, $\log_n (\|AB^T\|_{RMS} / (\|A\|_{RMS} \|B\|_{RMS}))$. Each is
+    1/2 where the factors ignore each other and 1 where B has rank one and A lies along it.
+
+    What the parameterisation literature calls full alignment is alpha = u = 1, omega = 1/2: an
+    update may line up with any input, a random W0 hardly can. Since LAR is at most
+    $1 + \frac12 \log_n p_1$, where $p_1$ tends to $(1 + \sqrt{n/m})^2 / n$ for independent entries,
+    omega is at most $1/2 + \log_n(1 + \sqrt{n/m})$ at random initialisation: 1/2 in the limit of
+    large n at fixed m/n, but up to 1 for a layer of few outputs.
+
+    The terms are those of Everett et al., arXiv 2407.05872. Energies are pooled over tokens before
+    the logarithm, as everywhere in jlar. The scheduler m-wojnar/maxP averages the logarithm over
+    tokens, a different number: equal only if all rows have the same ratio.
+
+    Cost: three products, O(t m n). Gradients stop here.
+
+    Args:
+        W0: weights (m, n) at the reference step, usually initialisation; outputs x inputs.
+        W: weights (m, n) now.
+        X0: inputs (..., n) of the layer at the reference step, any number of leading token axes.
+        X: inputs (..., n) now, of the same tokens in the same order.
+        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+
+    Returns:
+        `UpdateAlignment(alpha, omega, u)`, scalars in [-inf, 1], float32 (float64 if an input is).
+        nan where a factor is zero: all but omega if W = W0, all but alpha if X = X0 (also where
+        half precision rounds an update away); and where anything kept is not finite.
+
+    Raises:
+        ValueError: at trace time, for wrong ranks or widths, n = 1, shapes that changed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlar
+        >>> W0, X0 = jax.random.normal(jax.random.key(0), (2, 64, 64))
+        >>> X = X0 + 0.1
+        >>> W = W0 + 0.01 * jnp.outer(jnp.ones(64), X0[0])  # a step of one token
+        >>> print(" ".join(f"{a:.2f}" for a in jlar.update_alignment(W0, W, X0[:1], X[:1])))
+        1.00 0.52 0.41
+    """
+    W0, W = _same_shape(W0, W, "W")
+    X0, X = _same_shape(X0, X, "X")
+    acc = check.accumulator(W0, W, X0, X)
+    W0, W, X0, X = (jax.lax.stop_gradient(a.astype(acc)) for a in (W0, W, X0, X))
+    dW, dX = W - W0, X - X0
+    return UpdateAlignment(
+        alpha=lar(dW, X0, mask=mask), omega=lar(W0, dX, mask=mask), u=lar(dW, dX, mask=mask)
+    )
+
+
+def _same_shape(before: ArrayLike, now: ArrayLike, name: str) -> tuple[Array, Array]:
+    before, now = check.real_array(before, f"{name}0"), check.real_array(now, name)
+    if before.shape != now.shape:
+        raise ValueError(
+            f"{name}0 and {name} must have the same shape, before and after; got {before.shape} "
+            f"and {now.shape}. Pass the same tokens and the same layer at both steps."
+        )
+    return before, now

@@ -1,0 +1,233 @@
+"""Unembedding and softmax cross-entropy in chunks of tokens, with the energies of the logits."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
+
+from . import _checks as check
+from ._energies import Energies
+from ._pool import counts
+
+
+class _Rule(NamedTuple):
+    """What is fixed at trace time."""
+
+    chunk: int
+    soft_cap: float | None
+    z_loss: float
+    pooled: bool  # the sum over tokens, rather than one loss per token
+    dtype: jnp.dtype  # of W and X, hence of their gradients
+
+
+def cross_entropy(
+    W: Float[ArrayLike, "V n"],
+    X: Float[ArrayLike, "*t n"],
+    labels: Int[ArrayLike, "*t"],
+    *,
+    mask: Shaped[ArrayLike, "*t"] | None = None,
+    chunk: int | None = None,
+    soft_cap: float | None = None,
+    z_loss: float = 0.0,
+    ignore: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> tuple[Float[Array, "..."], Energies]:
+    r"""Cross-entropy of the labels under softmax(X W^T), and the energies of W at work.
+
+    $\ell_t = \log \sum_v e^{z_{tv}} - z_{t, label_t} + \zeta (\log \sum_v e^{z_{tv}})^2$ with
+    $z = Y = XW^T$, or $c \tanh(Y / c)$ under a soft-cap c; the mean over the tokens kept, which are
+    those in the mask whose label is not `ignore`. The (tokens, V) logits never exist: a scan goes
+    over chunks of tokens. The energies are sums over each chunk's Y while it is there.
+
+    Time is about that of the plain loss: where "mean" and "sum" are differentiated, each chunk's
+    part of both gradients is computed in the forward pass, while its logits are there, and scaled
+    by the cotangent in the backward pass. "none" cannot know its cotangents: it computes the logits
+    twice, 4/3 of the products. Without differentiation no gradient is computed.
+
+    Memory beside the results: chunk x V logits, and when differentiated the gradient of W twice,
+    in float32. Under `jax.vmap` every instance has its own: give X leading axes instead, which is
+    the same loss. Products of float32 operands are exact to float32 (no TF32, no single bf16
+    pass); cast W and X to bfloat16 for the speed of half precision. Their products are then summed
+    in float32, with the gradient of each logit rounded to bfloat16 as operand of the next product.
+
+    Reverse mode only, as for any `jax.custom_vjp`: `jax.jvp` raises TypeError. Second derivatives
+    (grad of grad, `jax.hessian`) are right, but keep all logits as the plain loss does.
+
+    Args:
+        W: unembedding (V, n), vocabulary x inputs, as `equinox.nn.Linear` stores it.
+        X: activations (..., n), any number of leading token axes; W and X of different dtypes, or
+            narrower than half precision, are both cast to float32 (float64 if one is).
+        labels: (...,) integers from 0 to V - 1, or `ignore`.
+        mask: (...,) of 0/1 or bool; tokens with 0 do not count, whatever X and label hold there.
+        chunk: tokens at a time. By default n, for which the logits take the room of one float32
+            gradient of W, or as many as 2^24 logits (64 MiB) allow if that is more.
+        soft_cap: c, a positive Python number; None for none.
+        z_loss: $\zeta$, a Python number: the weight of the squared log-partition function.
+        ignore: the label of tokens that do not count.
+        reduction: "mean" over the tokens kept, or their "sum" (to divide by a count pooled over
+            micro-batches or devices), or "none": one loss per token, 0 where dropped.
+
+    Returns:
+        (loss, `Energies`): the loss float32 (float64 if an input is), () or for "none" (...,). It
+        is nan for the mean of no tokens, and for a kept token with a label outside 0..V-1; nan
+        losses have nan gradients. The energies are those of `jlar.energies(W, X, mask=kept)`: Y
+        before the soft-cap, kept tokens only, no gradient.
+
+    Raises:
+        ValueError: at trace time, for wrong ranks or shapes, n = 1, labels that are not integers,
+            chunk < 1, soft_cap or z_loss out of range, an unknown reduction.
+
+    Example:
+        >>> import jax, jlar.losses
+        >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64)) / 8
+        >>> labels = jax.numpy.arange(64).at[0].set(-100)
+        >>> step = jax.jit(jax.value_and_grad(jlar.losses.cross_entropy, (0, 1), has_aux=True))
+        >>> (loss, energies), (dW, dX) = step(W, X, labels)
+        >>> print(f"{loss:.3f} {energies.lar:.3f} {energies.count} {dW.shape}")
+        4.180 0.503 63 (64, 64)
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}.')
+    if soft_cap is not None and not 0 < soft_cap < float("inf"):
+        raise ValueError(f"soft_cap must be positive, or None for no cap; got {soft_cap}.")
+    if not 0 <= z_loss < float("inf"):
+        raise ValueError(f"z_loss must be a finite weight, 0 for none; got {z_loss}.")
+    W = check.check_weights(W)
+    V, n = W.shape
+    if chunk is None:
+        chunk = max(n, 2**24 // V)
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 token, or None to choose it; got {chunk}.")
+    tokens = jnp.shape(X)[:-1]
+    labels = _check_labels(labels, tokens)
+    keep = labels != ignore
+    if mask is not None:
+        keep &= check.check_mask(mask, tokens)
+    X = check.check_inputs(X, n, V, keep)[0]
+
+    acc = check.accumulator(W, X)
+    native = W.dtype == X.dtype and W.dtype in check.NATIVE
+    dtype = W.dtype if native else acc
+    rule = _Rule(chunk, soft_cap, z_loss, reduction != "none", dtype)
+    labels = jnp.where(keep, labels, 0)  # so that out of range means nan, wherever it is seen
+    loss, y = _losses(
+        rule, W.astype(dtype), X.astype(dtype).reshape(-1, n), labels.ravel(), keep.ravel()
+    )
+    if reduction == "none":
+        loss = loss.reshape(tokens)
+    if reduction == "mean":
+        loss = loss / jnp.sum(keep, dtype=jnp.int32).astype(acc)
+
+    x, w = (jnp.sum(jnp.square(a.astype(acc))) for a in (X, W))
+    kept, total = counts(keep, tokens, acc)
+    pool = Energies(y=y, x=x, w=w, calls=jnp.ones((), acc), kept=kept, total=total, n=n)
+    return loss, jax.lax.stop_gradient(pool)
+
+
+def _check_labels(labels: ArrayLike, tokens: tuple[int, ...]) -> Int[Array, "*t"]:
+    labels = jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"labels must be integers, one class index per token; got dtype {labels.dtype}. For "
+            "one-hot labels pass jnp.argmax(labels, axis=-1)."
+        )
+    if labels.shape != tokens:
+        raise ValueError(
+            f"labels must have one entry per token, shape {tokens}, as X has without its last "
+            f"axis; got shape {labels.shape}."
+        )
+    return labels.astype(int)  # the widest there is: `ignore` need not fit a label's own dtype
+
+
+def _token_losses(
+    Y: Float[Array, "c V"], labels: Int[Array, "c"], keep: Bool[Array, "c"], rule: _Rule
+) -> Float[Array, "c"]:
+    """The formula. The three sums over v are where a sharded vocabulary would psum."""
+    z = Y if rule.soft_cap is None else rule.soft_cap * jnp.tanh(Y / rule.soft_cap)
+    log_sum = jax.nn.logsumexp(z, axis=-1)
+    # A sum and not a gather: it fuses with the others, and its gradient is not a scatter.
+    is_label = labels[:, None] == jnp.arange(Y.shape[1])
+    label_z = jnp.sum(jnp.where(is_label, z, 0), axis=-1)
+    loss = log_sum - label_z + rule.z_loss * jnp.square(log_sum)
+    # A factor and not a where: of a label out of range the gradient is nan as well.
+    loss = loss * jnp.where(jnp.any(is_label, axis=-1), 1, jnp.nan).astype(loss.dtype)
+    return jnp.where(keep, loss, 0)
+
+
+def _scan(
+    rule: _Rule,
+    W: Float[Array, "V n"],
+    X: Float[Array, "t n"],
+    labels: Int[Array, "t"],
+    keep: Bool[Array, "t"],
+    weights: Float[Array, "t"] | None,
+) -> tuple[Float[Array, "t"], Float[Array, ""], list[Array]]:
+    """Losses, the sum of squares of Y and, given weights, the gradients of the weighted loss.
+
+    They are those of W and X, in the dtype of sums; without weights the list is empty.
+    """
+    acc = check.accumulator(W, X)
+    t = X.shape[0]
+    steps = max(1, -(-t // rule.chunk))
+    size = -(-t // steps)  # equal chunks need the least padding
+
+    # A chunk is every steps-th token, so that each device holding tokens has its part of it.
+    def split(a: Array) -> Array:
+        padded = jnp.pad(a, [(0, steps * size - t)] + [(0, 0)] * (a.ndim - 1))
+        return padded.reshape(size, steps, *a.shape[1:]).swapaxes(0, 1)
+
+    def join(a: Array) -> Array:
+        return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])[:t]
+
+    def body(dW, tokens):
+        x, label, kept, weight = tokens
+        Y = check.product(x, W, acc)
+        losses, pull = jax.vjp(lambda Y: _token_losses(Y, label, kept, rule), Y)
+        sums = losses, jnp.sum(jnp.square(Y))  # Y = 0 where X was zeroed: only kept tokens count
+        if weight is None:
+            return None, (*sums, None)
+        G = pull(weight)[0].astype(rule.dtype)
+        return dW + check.product(G.T, x.T, acc), (*sums, check.product(G, W.T, acc))
+
+    dW = None if weights is None else jnp.zeros_like(W, acc)
+    chunks = jax.tree.map(split, (X, labels, keep, weights))
+    dW, (losses, y, dX) = jax.lax.scan(body, dW, chunks)
+    losses, dX = jax.tree.map(join, (losses, dX))
+    return losses, jnp.sum(y), jax.tree.leaves((dW, dX))
+
+
+def _value(
+    rule: _Rule,
+    W: Float[Array, "V n"],
+    X: Float[Array, "t n"],
+    labels: Int[Array, "t"],
+    keep: Bool[Array, "t"],
+) -> tuple[Float[Array, "*t"], Float[Array, ""]]:
+    losses, y, _ = _scan(rule, W, X, labels, keep, None)
+    return (jnp.sum(losses) if rule.pooled else losses), y
+
+
+def _forward(rule: _Rule, W: Array, X: Array, labels: Array, keep: Array):
+    if not rule.pooled:
+        return _value(rule, W, X, labels, keep), (W, X, labels, keep)
+    # Weights of 0 and 1: a small cotangent, 1/tokens say, would underflow fp16 in the products.
+    weights = keep.astype(check.accumulator(W, X))
+    losses, y, gradients = _scan(rule, W, X, labels, keep, weights)
+    return (jnp.sum(losses), y), gradients
+
+
+def _backward(rule: _Rule, residuals: Sequence[Array], cotangents: tuple[Array, Array]):
+    g, _ = cotangents  # y is a statistic
+    if rule.pooled:
+        gradients = [g * a for a in residuals]
+    else:
+        W, X, labels, keep = residuals
+        _, _, gradients = _scan(rule, W, X, labels, keep, g)
+    dW, dX = (a.astype(rule.dtype) for a in gradients)
+    return dW, dX, None, None
+
+
+_losses = jax.custom_vjp(_value, nondiff_argnums=(0,))
+_losses.defvjp(_forward, _backward)
