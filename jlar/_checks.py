@@ -1,5 +1,8 @@
 """The contract of (W, X, Y, mask), checked at trace time; errors say what to write instead."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
@@ -103,6 +106,20 @@ def product(X: Array, W: Array, acc: jnp.dtype) -> Array:
     if X.dtype != W.dtype or X.dtype not in NATIVE:
         X, W = X.astype(acc), W.astype(acc)
     return jnp.matmul(X, W.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=acc)
+
+
+def gram(A: Float[Array, "t n"], acc: jnp.dtype) -> Float[Array, "n n"]:
+    """A^T A accumulated in `acc`, whole on every device that holds a part of A."""
+    return unsharded(lambda A: product(A.T, A.T, acc))(A)
+
+
+def unsharded(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` with a result that is whole on every device, whatever the sharding of its arguments.
+
+    Under a mesh of explicit axes a sum over a sharded axis, an eigh or an SVD is refused without
+    it; under automatic axes, or with no mesh, it changes nothing.
+    """
+    return jax.sharding.auto_axes(f, out_sharding=jax.sharding.PartitionSpec())
 
 
 def finite_part(A: Float[Array, "*stack m n"]) -> tuple[Array, Float[Array, "*stack"]]:

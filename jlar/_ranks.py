@@ -106,7 +106,7 @@ def principal_dimension(
     keep = keep.reshape(-1, 1)
     mean = jnp.mean(X, axis=0, where=keep)
     centred = jnp.where(keep, X - mean, 0)
-    covariance, poison = check.finite_part(check.product(centred.T, centred.T, X.dtype))
+    covariance, poison = check.finite_part(check.gram(centred, X.dtype))
     variances = jnp.linalg.eigvalsh(covariance)[::-1]
     held = jnp.cumsum(jnp.maximum(variances, 0)) + poison
     # Compared at the last entry with itself, not with a separately rounded total.

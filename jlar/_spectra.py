@@ -158,8 +158,7 @@ def grams(
     X, keep = check.check_inputs(X, W.shape[1], W.shape[0], mask)
     acc = check.accumulator(W, X)
     kept, total = counts(keep, X.shape[:-1], acc)
-    W, X = W.T, X.reshape(-1, X.shape[-1]).T
-    w, x = (check.product(a, a, acc) for a in (W, X))
+    w, x = check.gram(W, acc), check.gram(X.reshape(-1, X.shape[-1]), acc)
     pool = Grams(w=w, x=x, calls=jnp.ones((), acc), kept=kept, total=total)
     return jax.lax.stop_gradient(pool)
 
