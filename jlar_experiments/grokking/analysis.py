@@ -1,0 +1,162 @@
+"""What a run's records say, seed by seed, and the paper's points to set beside it."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .. import records
+from ..config import GrokConfig
+from ..records import Row
+
+POINTS = ("memorised", "grokked", "final")
+REFERENCE = Path(__file__).parents[1] / "reference"
+SHARE = 0.99  # of the answers right: an accuracy above it counts as learnt
+
+
+@dataclass
+class Timeline:
+    """The logs of one seed, in order, and the epochs of its memorisation and grokking."""
+
+    seed: int
+    rows: list[Row] = field(default_factory=list)
+    memorised: int | None = None
+    grokked: int | None = None
+
+    def add(self, row: Row) -> None:
+        """Take in the next log."""
+        self.rows.append(row)
+        if row["train_acc"] > SHARE:
+            if self.memorised is None and row["val_acc"] < 0.5:
+                self.memorised = row["epoch"]
+            if self.grokked is None and row["val_acc"] > SHARE:
+                self.grokked = row["epoch"]
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last log, -1 before the first."""
+        return self.rows[-1]["epoch"] if self.rows else -1
+
+    def finished(self, config: GrokConfig) -> bool:
+        """Whether this seed has trained as long as it should."""
+        end = config.epochs
+        if self.grokked is not None:
+            end = min(end, self.grokked + config.after_grok)
+        return self.epoch >= end
+
+    def at(self, point: str) -> Row | None:
+        """The log at `memorised`, `grokked` or `final` (the last so far)."""
+        epoch = self.epoch if point == "final" else getattr(self, point)
+        return next((row for row in self.rows if row["epoch"] == epoch), None)
+
+
+def timelines(config: GrokConfig, rows: Sequence[Row]) -> dict[int, Timeline]:
+    """The records of every seed, in the order of the seeds."""
+    lines = {seed: Timeline(seed) for seed in config.all_seeds}
+    for row in rows:
+        lines[row["seed"]].add(row)
+    return lines
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything in a run folder but the checkpoints."""
+
+    config: GrokConfig
+    environment: Row
+    seeds: dict[int, Timeline]
+    spectra: list[Row]
+
+    @property
+    def grokked(self) -> bool:
+        """Whether any seed has."""
+        return any(line.grokked is not None for line in self.seeds.values())
+
+    def epochs(self, point: str) -> list[int]:
+        """The epoch of this point for each seed that reached it."""
+        return [row["epoch"] for line in self.seeds.values() if (row := line.at(point))]
+
+
+def read(folder: Path) -> Run:
+    """The run in this folder."""
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = GrokConfig(**stored.pop("settings"))
+    lines = timelines(config, records.read(folder / "metrics.jsonl"))
+    return Run(config, stored, lines, records.read(folder / "spectra.jsonl"))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Mean, standard deviation and number of values; nan for none."""
+
+    values: tuple[float, ...]
+
+    def text(self, digits: int) -> str:
+        """The mean, with +- the standard deviation over seeds if there are several."""
+        values = [value for value in self.values if value is not None]
+        if not values:
+            return "-"
+        spread = f" ± {np.std(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.{digits}f}{spread}"
+
+
+def reference(config: GrokConfig) -> tuple[str, list[dict[str, str]]]:
+    """The paper's points to compare with, and what they are.
+
+    Set B, x + y with 5 to 30%, where the run is one of its configurations; else set A.
+    """
+    with (REFERENCE / "fig3_points.csv").open(encoding="utf-8") as file:
+        points = list(csv.DictReader(file))
+    percent = f"{100 * config.train_fraction:g}%"
+    same = [
+        each
+        for each in points
+        if each["set"] == "B" and float(each["train_fraction"]) == config.train_fraction
+    ]
+    if config.task == "x+y" and config.p == 97 and same:
+        return f"x+y mod 97, {percent}, 5 seeds", same
+    set_a = [each for each in points if each["set"] == "A"]
+    return "all 12 tasks, 50%, 5 seeds each", set_a
+
+
+def paper_point(point: str, grokked: bool) -> str:
+    """The paper's name of a point: it tells runs that grokked from others at their end."""
+    if point != "final":
+        return point
+    return "final_grokked" if grokked else "final_not_grokked"
+
+
+HEADER: tuple[str, ...] = ("", "epoch", "LAR", "k_pred", "k95", "n", "LAR", "k_pred", "k95", "n")
+
+
+def summary(run: Run) -> tuple[str, list[list[str]]]:
+    """What the paper's columns are, and the table: HEADER, then one line per point."""
+    source, points = reference(run.config)
+    table = [list(HEADER)]
+    for point in POINTS:
+        rows = [row for line in run.seeds.values() if (row := line.at(point))]
+        ours = [
+            Cell(tuple(row[name] for row in rows)).text(digits)
+            for name, digits in (("epoch", 0), ("lar", 3), ("k_pred", 1), ("k95", 1))
+        ]
+        theirs = [
+            _mean_and_range([float(each[name]) for each in points if _is(each, point, run)], digits)
+            for name, digits in (("lar", 2), ("k_pred", 0), ("k95", 0))
+        ]
+        count = sum(_is(each, point, run) for each in points)
+        table.append([point, *ours, str(len(rows)), *theirs, str(count)])
+    return source, table
+
+
+def _is(reference_point: dict[str, str], point: str, run: Run) -> bool:
+    return reference_point["checkpoint"] == paper_point(point, run.grokked)
+
+
+def _mean_and_range(values: list[float], digits: int) -> str:
+    if not values:
+        return "-"
+    low, high = min(values), max(values)
+    return f"{np.mean(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"

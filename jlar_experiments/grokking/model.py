@@ -1,0 +1,153 @@
+"""The decoder of the grokking experiments: it reads [x, op, y, =] and answers at the last position.
+
+Attention is causal, so the first two positions, the `prompt`, depend on x alone and are carried
+once per element. The last two, the `question`, differ for each pair only after the first attention.
+Of the last block no more than keys and values is needed ahead of the last position. All this saves
+more than half of the work and changes the numbers by rounding only.
+"""
+
+import itertools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ..config import GrokConfig
+
+
+class Norm(eqx.Module):
+    """LayerNorm with gain and bias, or, without a bias, RMSNorm."""
+
+    gain: Float[Array, " n"]
+    bias: Float[Array, " n"] | None
+
+    def __init__(self, width: int, *, layer: bool):
+        self.gain = jnp.ones(width)
+        self.bias = jnp.zeros(width) if layer else None
+
+    def __call__(self, x: Float[Array, "*t n"]) -> Float[Array, "*t n"]:
+        """Normalise the last axis."""
+        if self.bias is not None:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-5) * self.gain
+        return x if self.bias is None else x + self.bias
+
+
+class Block(eqx.Module):
+    """Causal attention and a ReLU MLP, each with its residual sum and its norm, without biases."""
+
+    qkv: Float[Array, "three_n n"]
+    out: Float[Array, "n n"]
+    up: Float[Array, "four_n n"]
+    down: Float[Array, "n four_n"]
+    norms: tuple[Norm, Norm]
+    heads: int = eqx.field(static=True)
+    post: bool = eqx.field(static=True)
+
+    def __init__(self, config: GrokConfig, key: PRNGKeyArray):
+        n, keys = config.width, jax.random.split(key, 4)
+        xavier = (6 / (n + 3 * n)) ** 0.5  # PyTorch initialises the three projections as one
+        self.qkv = _uniform(keys[0], (3 * n, n), xavier)
+        self.out = _uniform(keys[1], (n, n), n**-0.5)
+        self.up = _uniform(keys[2], (4 * n, n), n**-0.5)
+        self.down = _uniform(keys[3], (n, 4 * n), (4 * n) ** -0.5)
+        self.post = config.norm == "post"
+        self.norms = (Norm(n, layer=self.post), Norm(n, layer=self.post))
+        self.heads = config.heads
+
+    def queries(self, x: Float[Array, "*b t n"]) -> Float[Array, "*b t n"]:
+        """What these positions look for."""
+        return self._read(x) @ self.qkv[: x.shape[-1]].T
+
+    def keys_values(self, x: Float[Array, "*b t n"]) -> Float[Array, "*b t two_n"]:
+        """What these positions offer to later ones."""
+        return self._read(x) @ self.qkv[x.shape[-1] :].T
+
+    def _read(self, x: Float[Array, "*b t n"]) -> Float[Array, "*b t n"]:
+        return x if self.post else self.norms[0](x)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t n"],
+        queries: Float[Array, "b t n"],
+        keys_values: Float[Array, "b s two_n"],
+    ) -> Float[Array, "b t n"]:
+        """The residual stream after this block, at the last t of s positions."""
+        first, second = self.norms
+        x = x + _attention(queries, keys_values, self.heads) @ self.out.T
+        if self.post:
+            x = first(x)
+            return second(x + jax.nn.relu(x @ self.up.T) @ self.down.T)
+        return x + jax.nn.relu(second(x) @ self.up.T) @ self.down.T
+
+
+class Transformer(eqx.Module):
+    """Embeddings, blocks and an untied unembedding over the elements, `op` and `=`."""
+
+    embedding: Float[Array, "m n"]
+    positions: Float[Array, "4 n"]
+    blocks: tuple[Block, ...]
+    final: Norm | None
+    unembedding: Float[Array, "m n"]
+
+    def __init__(self, config: GrokConfig, key: PRNGKeyArray):
+        n, tokens = config.width, config.elements + 2
+        keys = jax.random.split(key, 3 + config.layers)
+        scale = jnp.float32(config.embedding_scale)
+        self.embedding = scale * jax.random.normal(keys[0], (tokens, n))
+        self.positions = scale * jax.random.normal(keys[1], (4, n))
+        self.unembedding = _uniform(keys[2], (tokens, n), n**-0.5)
+        self.blocks = tuple(Block(config, each) for each in keys[3:])
+        self.final = Norm(n, layer=False) if config.norm == "pre" else None
+
+    def activations(self, x: Int[Array, " b"], y: Int[Array, " b"]) -> Float[Array, "b n"]:
+        """The inputs X of the unembedding, one row per pair."""
+        elements, op, equals = self.embedding[:-2], self.embedding[-2], self.embedding[-1]
+        prompt = _positions(elements + self.positions[0], op + self.positions[1])
+        asked = _positions(elements + self.positions[2], equals + self.positions[3])
+        first, last = self.blocks[0], self.blocks[-1]
+        question, sought, offered = asked[y], first.queries(asked)[y], first.keys_values(asked)[y]
+        for block, following in itertools.pairwise(self.blocks):
+            before = block.keys_values(prompt)
+            question = block(question, sought, _joined(before[x], offered))
+            prompt = block(prompt, block.queries(prompt), before)
+            sought, offered = following.queries(question), following.keys_values(question)
+        seen = _joined(last.keys_values(prompt)[x], offered)
+        answer = last(question[:, 1:], sought[:, 1:], seen)[:, 0]
+        return answer if self.final is None else self.final(answer)
+
+    def __call__(self, x: Int[Array, " b"], y: Int[Array, " b"]) -> Float[Array, "b m"]:
+        """The logits of the answer to each pair."""
+        return self.activations(x, y) @ self.unembedding.T
+
+
+def _uniform(key: PRNGKeyArray, shape: tuple[int, int], bound: float) -> Float[Array, "a b"]:
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _positions(a: Float[Array, "b n"], b: Float[Array, " n"]) -> Float[Array, "b 2 n"]:
+    return jnp.stack([a, jnp.broadcast_to(b, a.shape)], axis=1)
+
+
+def _joined(before: Float[Array, "b s n"], after: Float[Array, "b t n"]) -> Float[Array, "b s+t n"]:
+    return jnp.concatenate([before, after], axis=1)
+
+
+def _attention(
+    queries: Float[Array, "b t n"], keys_values: Float[Array, "b s two_n"], heads: int
+) -> Float[Array, "b t n"]:
+    """Causal attention of the last t of s positions to all that are not later.
+
+    Heads of a few features at four positions would be thousands of tiny products. Multiplying
+    features and summing them per head, by a product with the 0/1 matrix of heads, is faster.
+    """
+    t, n, s = queries.shape[1], queries.shape[2], keys_values.shape[1]
+    member = jnp.repeat(jnp.eye(heads), n // heads, axis=0)
+    keys, values = jnp.split(keys_values, 2, axis=-1)
+    answers = []
+    for i, seen in enumerate(range(s - t + 1, s + 1)):
+        scores = jnp.stack([(queries[:, i] * keys[:, j]) @ member for j in range(seen)])
+        weights = jax.nn.softmax(scores * jnp.float32((n // heads) ** -0.5), axis=0)
+        answers.append(sum((weights[j] @ member.T) * values[:, j] for j in range(seen)))
+    return jnp.stack(answers, axis=1)

@@ -1,0 +1,54 @@
+"""What a run shows while it trains: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from .records import Row
+
+SECONDS_BETWEEN_LINES = 10
+
+
+class Progress:
+    """A bar over epochs; until all seeds have grokked, the time left is an upper bound."""
+
+    def __init__(self, epochs: int, first: int):
+        self._terminal = sys.stderr.isatty()
+        self._spoken = -float("inf")
+        self._bar = tqdm(
+            total=epochs,
+            initial=first,
+            unit="epoch",
+            disable=not self._terminal,
+            dynamic_ncols=True,
+            bar_format="{n_fmt}/{total_fmt} epochs |{bar}| {postfix} · {remaining} left at most",
+        )
+
+    def show(self, epoch: int, rows: list[Row], end: int) -> None:
+        """Tell of the logs of this epoch; the run lasts until `end` at most."""
+        mean = {
+            name: np.nanmean([np.nan if row[name] is None else row[name] for row in rows])
+            for name in ("train_acc", "val_acc", "lar", "k_pred")
+        }
+        text = (
+            f"train {mean['train_acc']:.1%} val {mean['val_acc']:.1%} "
+            f"LAR {mean['lar']:.3f} k {mean['k_pred']:.1f}"
+        )
+        if self._terminal:
+            self._bar.total = end
+            self._bar.n = epoch
+            self._bar.set_postfix_str(text, refresh=True)
+        elif epoch >= end or time.monotonic() - self._spoken >= SECONDS_BETWEEN_LINES:
+            self._spoken = time.monotonic()
+            print(f"epoch {epoch} of at most {end}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and free the line."""
+        self._bar.close()
+
+
+def say(text: str) -> None:
+    """Print a line without breaking a bar."""
+    tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,160 @@
+"""The command line: one line for a bad value, nothing spoilt, and a run from end to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from jlar_experiments import cli
+from jlar_experiments.config import GrokConfig
+
+TINY = ["--p=7", "--width=8", "--heads=2", "--layers=1", "--epochs=20", "--batch-size=8"]
+
+
+def run(*arguments):
+    """Exit code, whether the parser or the command gives it."""
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as stop:
+        return stop.code
+
+
+BAD = [
+    (["--epochs", "abc"], "--epochs"),
+    (["--epochs", "0"], "--epochs"),
+    (["--learning-rate", "1"], "--learning-rate"),
+    (["--lear", "1"], "--lear"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--weight-decay", "inf"], "--weight-decay"),
+    (["--task", "x*y"], "x+y"),
+    (["--task", "13"], "12 S5:xyx"),
+    (["--task", "x/y", "--p", "91"], "--p must be prime"),
+    (["--task", "S5:xy", "--p", "5"], "--p"),
+    (["--p", "2"], "--p"),
+    (["--p", "1000001"], "--p"),
+    (["--train-fraction", "0"], "--train-fraction"),
+    (["--train-fraction", "1"], "--train-fraction"),
+    (["--train-fraction", "nan"], "--train-fraction"),
+    (["--p", "3", "--train-fraction", "0.95"], "--train-fraction leaves nothing"),
+    (["--heads", "3"], "--heads must divide the width (128)"),
+    (["--width", "1", "--heads", "1"], "--width"),
+    (["--log-every", "21", "--epochs", "20"], "--log-every"),
+    (["--seeds", "0"], "--seeds"),
+    (["--seed", "-1"], "--seed"),
+    (["--norm", "batch"], "--norm"),
+    (["--embedding-scale", "0"], "--embedding-scale"),
+    (["--checkpoint-seconds", "-1"], "--checkpoint-seconds"),
+    (["--resume", "--fresh"], "--resume"),
+    (["x+y"], "x+y"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD)
+def test_a_bad_value_is_one_line_and_writes_nothing(
+    arguments, named, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run("grok", *arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("jlar grok: error: ") and named in said.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
+    other, model = tmp_path / "other", tmp_path / "model"
+    for folder, name in ((other, "thesis.tex"), (model, "config.json")):
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / name).write_text('{"hidden_size": 8}')
+    for folder in (other, model, other / "thesis.tex"):
+        for extra in ([], ["--fresh"]):
+            assert run("grok", *TINY, "--out", str(folder), *extra) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+    assert (other / "checkpoints").exists() and (model / "checkpoints").exists()
+    assert run("report", str(other)) == 2
+
+
+def test_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("grok", *TINY, "--seeds=2") == 0
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name == "grok-x+y-50-p7-seeds2-epochs20-batch_size8-width8-layers1-heads2"
+    said = capsys.readouterr().out
+    assert "memorised" in said and "k95" in said and "12 tasks" in said and "report.html" in said
+    page = (folder / "report.html").read_text()
+    for name in ("lar", "spectra", "dimensions"):
+        assert f"figures/{name}.svg" in page
+        png, svg = (folder / "figures" / f"{name}.{kind}" for kind in ("png", "svg"))
+        assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size < 300_000
+        assert ElementTree.parse(svg) and svg.stat().st_size < 300_000
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["seed"]) for row in rows] == [(0, 0), (0, 1), (20, 0), (20, 1)]
+    names = "epoch step seed train_loss train_acc val_loss val_acc lar k_pred k95 pr_p pr_q corr"
+    assert {*names.split(), "q_in_top95"} <= set(rows[0])
+    assert rows[-1]["step"] == 20 * 3  # 24 pairs in batches of 8
+    points = [json.loads(line) for line in (folder / "spectra.jsonl").read_text().splitlines()]
+    assert {each["point"] for each in points} >= {"final"}
+    assert all(len(each["p"]) == len(each["q"]) == 8 for each in points)
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["settings"]["p"] == 7 and stored["versions"]["jax"] and "git_commit" in stored
+
+    records = (folder / "metrics.jsonl").read_bytes()
+    arguments = ["grok", *TINY, "--seeds=2", "--out", str(folder)]
+    assert run(*arguments, "--lr=0.5") == 2  # other settings: refused
+    assert "lr 0.001, not 0.5" in capsys.readouterr().err
+    assert run(*arguments) == 0  # the same: nothing left to do
+    assert "is finished" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == records
+    (folder / "report.html").unlink()
+    assert run("report", str(folder)) == 0 and (folder / "report.html").read_text() == page
+    assert run(*arguments, "--lr=0.5", "--fresh") == 0
+    assert (folder / "metrics.jsonl").read_bytes() != records
+
+
+def test_help_fits_and_names_every_option(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("grok", "--help") == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    for name in GrokConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')} " in said
+    assert run("--help") == 0 and run() == 2
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    root = str(Path(cli.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "jlar_experiments.cli", "grok", *TINY]
+    command += ["--epochs=100000", "--weight-decay=0", "--log-every=50", "--out=run"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "the same command continues run" in said and "Traceback" not in said
+
+
+def test_names_differ_with_every_setting():
+    names = {GrokConfig().name}
+    other = {"task": "x/y", "norm": "pre", "heads": 8, "embedding_scale": 0.5, "log_every": 10}
+    for name, value in other.items():
+        names.add(GrokConfig(**{name: value}).name)
+    assert len(names) == 6 and not any(set(name) & set("/|^ ") for name in names)
+
+
+@pytest.mark.parametrize("name", ["jax", "orbax", "matplotlib", "optax", "tqdm"])
+def test_help_loads_nothing_heavy(name):
+    code = f"import sys, jlar_experiments.cli; assert {name!r} not in sys.modules"
+    root = str(Path(cli.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": root})

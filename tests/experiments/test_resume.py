@@ -1,0 +1,132 @@
+"""A run that is killed, at any moment and often, ends with the numbers of one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jlar_experiments.checkpoint import Checkpoints
+from jlar_experiments.config import GrokConfig
+from jlar_experiments.grokking import study, train
+
+TINY = {"p": 7, "width": 8, "heads": 2, "layers": 1, "batch_size": 8, "seeds": 2, "lr": 0.01}
+CONFIG = GrokConfig(**TINY, epochs=70, log_every=10, after_grok=20)
+
+
+def result(folder: Path):
+    """Records without wall-clock fields, spectra as bytes, and every final array."""
+    rows = []
+    for text in (folder / "metrics.jsonl").read_text().splitlines():
+        rows.append({k: v for k, v in json.loads(text).items() if not k.endswith("_seconds")})
+    config = GrokConfig(**json.loads((folder / "config.json").read_text())["settings"])
+    checkpoints = Checkpoints(folder / "checkpoints")
+    newest = checkpoints.newest(jax.eval_shape(lambda: train.initial(config)), pytest.fail)
+    checkpoints.close()
+    assert newest is not None
+    arrays = [np.asarray(a) for a in jax.tree.leaves(newest[1])]
+    return rows, (folder / "spectra.jsonl").read_bytes(), newest[0], arrays
+
+
+def assert_same(one: Path, two: Path):
+    (rows, spectra, epoch, arrays), others = result(one), result(two)
+    assert (rows, spectra, epoch) == others[:3]
+    for ours, theirs in zip(arrays, others[3], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def start(folder: Path, **options):
+    study.prepare(CONFIG, folder, fresh=False)
+    return study.run(CONFIG, folder, **options)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert start(folder)
+    return folder
+
+
+class Stop(Exception):
+    """In place of a kill, where the moment matters."""
+
+
+@pytest.mark.parametrize("place", ["log", "save", "advance"])
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_stopped_between_any_two_steps(uninterrupted, tmp_path, monkeypatch, place, seconds):
+    original, calls = getattr(study.Study, place), []
+
+    def stop(self, *arguments):
+        calls.append(1)
+        if len(calls) % 3 == 0:
+            raise Stop
+        return original(self, *arguments)
+
+    monkeypatch.setattr(study.Study, place, stop)
+    for _ in range(2):
+        with pytest.raises(Stop):
+            start(tmp_path / "run", checkpoint_seconds=seconds)
+    monkeypatch.setattr(study.Study, place, original)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 30, "torn')
+    assert start(tmp_path / "run")
+    assert_same(uninterrupted, tmp_path / "run")
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert start(folder, checkpoint_seconds=0.0)
+    newest = max((folder / "checkpoints").iterdir(), key=lambda each: int(each.name))
+    for file in newest.rglob("*"):
+        if file.is_file() and file.stat().st_size > 100:
+            file.write_bytes(file.read_bytes()[:50])
+    assert start(folder)
+    said = capsys.readouterr().err
+    assert f"checkpoint {newest.name} is damaged" in said and "continuing from epoch" in said
+    assert_same(uninterrupted, folder)
+
+
+def test_a_finished_run_is_left_alone(uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    assert not start(uninterrupted)
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_seeds_leave_when_they_have_finished(uninterrupted):
+    rows, *_ = result(uninterrupted)
+    for seed in CONFIG.all_seeds:
+        epochs = [row["epoch"] for row in rows if row["seed"] == seed]
+        assert epochs == list(range(0, epochs[-1] + 1, 10)) and epochs[-1] <= 70
+
+
+def test_killed_at_random_moments(tmp_path):
+    settings = {**TINY, "epochs": 60, "log_every": 2}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "jlar_experiments.cli", "grok", *options]
+    command += ["--checkpoint-seconds=0", "--out"]
+    root = str(Path(study.__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    undisturbed = subprocess.Popen([*command, whole], env=environment, stderr=subprocess.DEVNULL)
+    for kill in range(3):
+        process = subprocess.Popen([*command, killed], env=environment, stderr=subprocess.DEVNULL)
+        lines = killed / "metrics.jsonl"
+        enough = 2 * random.randint(1, 8) * (kill + 1)  # lines of two seeds, further each time
+        while process.poll() is None and (
+            not lines.exists() or lines.read_bytes().count(b"\n") < enough
+        ):
+            time.sleep(0.002)
+        time.sleep(random.random() / 20)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run([*command, killed], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert undisturbed.wait(timeout=60) == 0
+    assert_same(killed, whole)
