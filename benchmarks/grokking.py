@@ -13,7 +13,7 @@ from typing import Any
 import _bench as bench
 import jax
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]  (not a dependency)
 
 from jlar_experiments.config import GrokConfig
 from jlar_experiments.grokking import train
@@ -70,7 +70,7 @@ def pytorch_epoch() -> Callable[[], float]:
             loss = torch.nn.functional.cross_entropy(model(tokens[rows]), answers[rows])
             loss.backward()
             optimiser.step()
-        return float(loss)
+        return loss.item()
 
     return epoch
 
