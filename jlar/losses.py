@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, Shaped
 
 from . import _checks as check
 from ._energies import Energies
@@ -25,7 +25,7 @@ class _Rule(NamedTuple):
 def cross_entropy(
     W: Float[ArrayLike, "V n"],
     X: Float[ArrayLike, "*t n"],
-    labels: Int[ArrayLike, "*t"],
+    labels: Integer[ArrayLike, "*t"],
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
     chunk: int | None = None,

@@ -15,6 +15,7 @@ def test_import_pulls_in_nothing_of_the_extras():
 def test_every_public_name_has_a_docstring():
     import jlar
 
-    public = [name for name in dir(jlar) if not name.startswith("_")]
+    # The suite's import hook puts jaxtyping there.
+    public = {name for name in dir(jlar) if not name.startswith("_")} - {"jaxtyping"}
     assert "lar" in public
     assert [name for name in public if not (getattr(jlar, name).__doc__ or "").strip()] == []
