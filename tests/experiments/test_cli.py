@@ -83,9 +83,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
 
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run("grok", *TINY, "--seeds=2") == 0
+    assert run("grok", *TINY, "--seeds=2", "--norm=pre") == 0
     [folder] = (tmp_path / "runs").iterdir()
-    assert folder.name == "grok-x+y-50-p7-seeds2-epochs20-batch_size8-width8-layers1-heads2"
+    assert folder.name == "grok-x+y-50-p7-seeds2-epochs20-batch_size8-width8-layers1-heads2-pre"
     said = capsys.readouterr().out
     assert "memorised" in said and "k95" in said and "12 tasks" in said and "report.html" in said
     page = (folder / "report.html").read_text()
@@ -106,7 +106,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert stored["settings"]["p"] == 7 and stored["versions"]["jax"] and "git_commit" in stored
 
     records = (folder / "metrics.jsonl").read_bytes()
-    arguments = ["grok", *TINY, "--seeds=2", "--out", str(folder)]
+    arguments = ["grok", *TINY, "--seeds=2", "--norm=pre", "--out", str(folder)]
     assert run(*arguments, "--lr=0.5") == 2  # other settings: refused
     assert "lr 0.001, not 0.5" in capsys.readouterr().err
     assert run(*arguments) == 0  # the same: nothing left to do
@@ -114,8 +114,9 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert (folder / "metrics.jsonl").read_bytes() == records
     (folder / "report.html").unlink()
     assert run("report", str(folder)) == 0 and (folder / "report.html").read_text() == page
-    assert run(*arguments, "--lr=0.5", "--fresh") == 0
-    assert (folder / "metrics.jsonl").read_bytes() != records
+    (folder / "metrics.jsonl").write_text("")
+    assert run(*arguments, "--fresh") == 0
+    assert (folder / "metrics.jsonl").read_text().count("\n") == len(rows)
 
 
 def test_help_fits_and_names_every_option(capsys, monkeypatch):
