@@ -23,7 +23,7 @@ class Progress:
             unit="epoch",
             disable=not self._terminal,
             dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} epochs |{bar}| {postfix} · {remaining} left at most",
+            bar_format="{n_fmt}/{total_fmt} epochs |{bar}| {desc} · {remaining} left at most",
         )
 
     def show(self, epoch: int, rows: list[Row], end: int) -> None:
@@ -39,7 +39,7 @@ class Progress:
         if self._terminal:
             self._bar.total = end
             self._bar.n = epoch
-            self._bar.set_postfix_str(text, refresh=True)
+            self._bar.set_description_str(text)
         elif epoch >= end or time.monotonic() - self._spoken >= SECONDS_BETWEEN_LINES:
             self._spoken = time.monotonic()
             print(f"epoch {epoch} of at most {end}: {text}", file=sys.stderr, flush=True)

@@ -5,11 +5,17 @@ import pytest
 from jaxtyping import config, install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
-jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 with install_import_hook(["jlar", "jlar_experiments", "reference"], "beartype.beartype"):
     import jlar  # noqa: F401
     import reference  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    """No implicit dtype promotion inside the library (the README's optax example needs some)."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture

@@ -129,7 +129,7 @@ def paper_point(point: str, grokked: bool) -> str:
     return "final_grokked" if grokked else "final_not_grokked"
 
 
-HEADER: tuple[str, ...] = ("", "epoch", "LAR", "k_pred", "k95", "n", "LAR", "k_pred", "k95", "n")
+HEADER: list[str] = "|epoch|LAR|k_pred|k95|n|paper LAR|paper k_pred|paper k95|paper n".split("|")
 
 
 def summary(run: Run) -> tuple[str, list[list[str]]]:
