@@ -47,21 +47,21 @@ class GrokConfig:
     def __post_init__(self) -> None:
         """Refuse, in one line, what cannot be trained."""
         for name in ("seeds", "epochs", "log_every", "batch_size", "width", "layers", "heads"):
-            _demand(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
-        _demand(0 <= self.seed < 2**31, "seed must be from 0 to 2^31 - 1", self.seed)
-        _demand(self.after_grok >= 0, "after_grok must not be negative", self.after_grok)
-        _demand(0 < self.lr < float("inf"), "lr must be positive and finite", self.lr)
+            demand(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+        demand(0 <= self.seed < 2**31, "seed must be from 0 to 2^31 - 1", self.seed)
+        demand(self.after_grok >= 0, "after_grok must not be negative", self.after_grok)
+        demand(0 < self.lr < float("inf"), "lr must be positive and finite", self.lr)
         decay, scale = self.weight_decay, self.embedding_scale
-        _demand(0 <= decay < float("inf"), "weight_decay must not be negative", decay)
-        _demand(0 < scale < float("inf"), "embedding_scale must be positive", scale)
-        _demand(self.norm in get_args(Norm), f"norm must be one of {get_args(Norm)}", self.norm)
-        _demand(
+        demand(0 <= decay < float("inf"), "weight_decay must not be negative", decay)
+        demand(0 < scale < float("inf"), "embedding_scale must be positive", scale)
+        demand(self.norm in get_args(Norm), f"norm must be one of {get_args(Norm)}", self.norm)
+        demand(
             self.log_every <= self.epochs,
             f"log_every must not exceed epochs ({self.epochs})",
             self.log_every,
         )
-        _demand(self.width >= 2, "width must be at least 2, the base of LAR's log", self.width)
-        _demand(
+        demand(self.width >= 2, "width must be at least 2, the base of LAR's log", self.width)
+        demand(
             self.width % self.heads == 0,
             f"heads must divide the width ({self.width})",
             self.heads,
@@ -72,21 +72,21 @@ class GrokConfig:
         chosen = task(self.task)
         object.__setattr__(self, "task", chosen.name)  # a number and its name are one setting
         if chosen.permutations:
-            _demand(
+            demand(
                 self.p == GrokConfig.p,
                 f"p is of no use to {chosen.name}, which has 120 elements",
                 self.p,
             )
         else:
-            _demand(3 <= self.p <= LARGEST_P, f"p must be from 3 to {LARGEST_P}", self.p)
+            demand(3 <= self.p <= LARGEST_P, f"p must be from 3 to {LARGEST_P}", self.p)
         if chosen.divides:
             prime = all(self.p % divisor for divisor in range(2, int(self.p**0.5) + 1))
-            _demand(prime, f"p must be prime, because {chosen.name} divides", self.p)
+            demand(prime, f"p must be prime, because {chosen.name} divides", self.p)
         fraction = self.train_fraction
-        _demand(0 < fraction < 1, "train_fraction must be between 0 and 1", fraction)
+        demand(0 < fraction < 1, "train_fraction must be between 0 and 1", fraction)
         trained = self.train_pairs
-        _demand(trained >= 2, "train_fraction leaves fewer than two pairs to train on", fraction)
-        _demand(trained < self.all_pairs, "train_fraction leaves nothing to validate on", fraction)
+        demand(trained >= 2, "train_fraction leaves fewer than two pairs to train on", fraction)
+        demand(trained < self.all_pairs, "train_fraction leaves nothing to validate on", fraction)
 
     @property
     def operation(self) -> Task:
@@ -129,6 +129,7 @@ class GrokConfig:
         return "-".join(parts)
 
 
-def _demand(condition: bool, message: str, value: object) -> None:
+def demand(condition: bool, message: str, value: object) -> None:
+    """A ValueError that says what must hold, and what came, unless it holds."""
     if not condition:
         raise ValueError(f"{message}; got {value}")

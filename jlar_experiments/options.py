@@ -1,0 +1,77 @@
+"""Command-line options out of the dataclasses of settings, and errors in one line."""
+
+import argparse
+import dataclasses
+import types
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+METAVARS = {int: "N", float: "X", str: "NAME"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without the usage text before an error, and without abbreviated options."""
+
+    def __init__(self, **options: Any):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, exit code 2."""
+        one_line = " ".join(message.split())
+        self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
+
+
+def add_settings(group: Any, settings: type) -> None:
+    """One option per field of a dataclass whose annotations are `Annotated[type, explanation]`.
+
+    The type is int, float, str, Path, a Literal of names, bool (--name and --no-name), or one of
+    them `| None`, which is the default then and said in the explanation.
+    """
+    for name, annotation in get_type_hints(settings, include_extras=True).items():
+        kind, explanation = get_args(annotation)
+        default = getattr(settings, name)
+        shown = "" if default is None else f" [{_shown(default)}]"
+        group.add_argument(
+            "--" + name.replace("_", "-"), default=default, help=explanation + shown, **_form(kind)
+        )
+
+
+def _form(kind: Any) -> dict[str, Any]:
+    if get_origin(kind) is types.UnionType:
+        [kind] = (each for each in get_args(kind) if each is not types.NoneType)
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": kind, "metavar": METAVARS.get(kind, "FOLDER")}
+
+
+def _shown(default: Any) -> str:
+    return ("no", "yes")[default] if isinstance(default, bool) else str(default)
+
+
+def settings(arguments: argparse.Namespace, kind: type[T]) -> T:
+    """The dataclass with the values of its options; a refusal ends the command in one line."""
+    names = [each.name for each in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    try:
+        return kind(**{name: getattr(arguments, name) for name in names})
+    except ValueError as error:
+        arguments.parser.error(_as_options(str(error), names))
+
+
+def _as_options(message: str, names: list[str]) -> str:
+    """The message with the settings written as on the command line."""
+    for name in names:
+        if message.startswith(name + " "):
+            return "--" + name.replace("_", "-") + message[len(name) :]
+    return message
+
+
+def duration(text: str) -> float:
+    """Seconds, zero or more."""
+    if not float(text) >= 0:
+        raise ValueError
+    return float(text)
