@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import types
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -55,11 +55,12 @@ def _shown(default: Any) -> str:
 
 def settings(arguments: argparse.Namespace, kind: type[T]) -> T:
     """The dataclass with the values of its options; a refusal ends the command in one line."""
-    names = [each.name for each in dataclasses.fields(kind)]  # pyright: ignore[reportArgumentType]
+    parser: Parser = arguments.parser
+    names = [each.name for each in dataclasses.fields(cast(Any, kind))]
     try:
         return kind(**{name: getattr(arguments, name) for name in names})
     except ValueError as error:
-        arguments.parser.error(_as_options(str(error), names))
+        parser.error(_as_options(str(error), names))
 
 
 def _as_options(message: str, names: list[str]) -> str:
