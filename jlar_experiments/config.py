@@ -7,6 +7,7 @@ from typing import Annotated, Literal, get_args
 from .grokking.tasks import Task, task
 
 Norm = Literal["post", "pre", "pre-no-final"]
+Model = Literal["transformer", "mlp"]
 LARGEST_P = 1000  # a table of p^2 pairs is on the device
 
 
@@ -31,6 +32,11 @@ class GrokConfig:
     lr: Annotated[float, "learning rate of AdamW, after 10 steps of warm-up (paper: .001)"] = 1e-3
     weight_decay: Annotated[float, "decoupled, on every parameter (paper: 1)"] = 1.0
     batch_size: Annotated[int, "pairs per step; a smaller last batch is dropped (paper: 512)"] = 512
+    model: Annotated[
+        Model,
+        "transformer: the paper's; mlp: one-hot x and y into one hidden layer of ReLUs, of this "
+        "width, without an embedding to squeeze them (generalises while LAR does not rise)",
+    ] = "transformer"
     width: Annotated[int, "width n of the residual stream (paper: 128)"] = 128
     layers: Annotated[int, "transformer blocks (paper: 2)"] = 2
     heads: Annotated[int, "attention heads; must divide the width (paper: 4)"] = 4
@@ -43,10 +49,19 @@ class GrokConfig:
         float,
         "standard deviation of embeddings and positions at initialisation (1 reproduces the paper)",
     ] = 1.0
+    tied: Annotated[bool, "the unembedding is the embedding"] = False
+    decay_gains: Annotated[bool, "weight decay on the norms' gains and biases too"] = True
+    shuffled_labels: Annotated[
+        bool, "answers drawn anew for each seed, so that nothing can be learnt but by heart"
+    ] = False
+    spectra_every: Annotated[
+        int, "epochs between two records of p and q, besides memorised, grokked and final"
+    ] = 1000
 
     def __post_init__(self) -> None:
         """Refuse, in one line, what cannot be trained."""
-        for name in ("seeds", "epochs", "log_every", "batch_size", "width", "layers", "heads"):
+        counts = "seeds epochs log_every batch_size width layers heads spectra_every"
+        for name in counts.split():
             demand(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         demand(0 <= self.seed < 2**31, "seed must be from 0 to 2^31 - 1", self.seed)
         demand(self.after_grok >= 0, "after_grok must not be negative", self.after_grok)
@@ -66,7 +81,15 @@ class GrokConfig:
             f"heads must divide the width ({self.width})",
             self.heads,
         )
+        self._check_model()
         self._check_task()
+
+    def _check_model(self) -> None:
+        demand(self.model in get_args(Model), f"model must be one of {get_args(Model)}", self.model)
+        if self.model == "mlp":
+            for name in ("layers", "heads", "norm", "embedding_scale", "tied", "decay_gains"):
+                value = getattr(self, name)
+                demand(value == getattr(GrokConfig, name), f"{name} is of no use to an mlp", value)
 
     def _check_task(self) -> None:
         chosen = task(self.task)
@@ -125,8 +148,14 @@ class GrokConfig:
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             if value != each.default and each.name not in ("task", "train_fraction"):
-                parts.append(f"{each.name}{value:g}" if each.name != "norm" else value)
+                parts.append(_part(each.name, value))
         return "-".join(parts)
+
+
+def _part(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no_{name}"
+    return value if isinstance(value, str) else f"{name}{value:g}"
 
 
 def demand(condition: bool, message: str, value: object) -> None:

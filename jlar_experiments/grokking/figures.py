@@ -45,7 +45,7 @@ DIMENSIONS_CAPTION = (
 def draw(run: Run, folder: Path) -> dict[str, str]:
     """Write each figure as PNG and SVG into the folder; returns name -> caption."""
     drawings = {"lar": (_over_epochs, LAR_CAPTION), "dimensions": (_dimensions, DIMENSIONS_CAPTION)}
-    if run.spectra:
+    if any(row["point"] in POINTS for row in run.spectra):
         drawings["spectra"] = (_spectra, SPECTRA_CAPTION)
     with matplotlib.rc_context(STYLE):
         for name, (drawing, _) in drawings.items():
@@ -106,8 +106,8 @@ def _band(axes: Axes, run: Run, name: str, colour: str) -> None:
 
 
 def _spectra(run: Run) -> Figure:
-    first = run.spectra[0]["seed"]
-    rows = [row for row in run.spectra if row["seed"] == first]
+    first = next(row["seed"] for row in run.spectra if row["point"] in POINTS)
+    rows = [row for row in run.spectra if row["seed"] == first and row["point"] in POINTS]
     figure = Figure(figsize=(2.7 * len(rows) + 0.6, 3.1), layout="constrained")
     grid = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
     for axes, row in zip(grid, rows, strict=True):

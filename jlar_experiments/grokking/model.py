@@ -83,13 +83,13 @@ class Block(eqx.Module):
 
 
 class Transformer(eqx.Module):
-    """Embeddings, blocks and an untied unembedding over the elements, `op` and `=`."""
+    """Embeddings, blocks and an unembedding over the elements, `op` and `=`."""
 
     embedding: Float[Array, "m n"]
     positions: Float[Array, "4 n"]
     blocks: tuple[Block, ...]
     final: Norm | None
-    unembedding: Float[Array, "m n"]
+    head: Float[Array, "m n"] | None
 
     def __init__(self, config: GrokConfig, key: PRNGKeyArray):
         n, tokens = config.width, config.elements + 2
@@ -97,9 +97,14 @@ class Transformer(eqx.Module):
         scale = jnp.float32(config.embedding_scale)
         self.embedding = scale * jax.random.normal(keys[0], (tokens, n))
         self.positions = scale * jax.random.normal(keys[1], (4, n))
-        self.unembedding = _uniform(keys[2], (tokens, n), n**-0.5)
+        self.head = None if config.tied else _uniform(keys[2], (tokens, n), n**-0.5)
         self.blocks = tuple(Block(config, each) for each in keys[3:])
         self.final = Norm(n, layer=False) if config.norm == "pre" else None
+
+    @property
+    def unembedding(self) -> Float[Array, "*seeds m n"]:
+        """The weights of which LAR is measured: the embedding, if they are tied."""
+        return self.embedding if self.head is None else self.head
 
     def activations(self, x: Int[Array, " b"], y: Int[Array, " b"]) -> Float[Array, "b n"]:
         """The inputs X of the unembedding, one row per pair."""
@@ -120,6 +125,32 @@ class Transformer(eqx.Module):
     def __call__(self, x: Int[Array, " b"], y: Int[Array, " b"]) -> Float[Array, "b m"]:
         """The logits of the answer to each pair."""
         return self.activations(x, y) @ self.unembedding.T
+
+
+class OneHotMLP(eqx.Module):
+    """One hidden layer of ReLUs on one-hot x and y: the counterexample without a bottleneck."""
+
+    left: Float[Array, "m n"]
+    right: Float[Array, "m n"]
+    unembedding: Float[Array, "m n"]
+
+    def __init__(self, config: GrokConfig, key: PRNGKeyArray):
+        n, tokens, keys = config.width, config.elements, jax.random.split(key, 3)
+        bound = (2 * tokens) ** -0.5
+        self.left = _uniform(keys[0], (tokens, n), bound)
+        self.right = _uniform(keys[1], (tokens, n), bound)
+        self.unembedding = _uniform(keys[2], (tokens, n), n**-0.5)
+
+    def activations(self, x: Int[Array, " b"], y: Int[Array, " b"]) -> Float[Array, "b n"]:
+        """The inputs X of the unembedding, one row per pair."""
+        return jax.nn.relu(self.left[x] + self.right[y])
+
+    def __call__(self, x: Int[Array, " b"], y: Int[Array, " b"]) -> Float[Array, "b m"]:
+        """The logits of the answer to each pair."""
+        return self.activations(x, y) @ self.unembedding.T
+
+
+MODELS = {"transformer": Transformer, "mlp": OneHotMLP}
 
 
 def _uniform(key: PRNGKeyArray, shape: tuple[int, int], bound: float) -> Float[Array, "a b"]:

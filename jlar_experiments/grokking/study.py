@@ -141,6 +141,8 @@ class Study:
             "grokked": line.grokked == self.epoch,
             "final": line.finished(self.config),
         }
+        if not any(reached.values()):
+            reached["between"] = self.epoch % self.config.spectra_every == 0
         spectra = {name: [records.number(each) for each in a] for name, a in (("p", p), ("q", q))}
         return [
             {"epoch": self.epoch, "seed": line.seed, "point": point, **spectra}

@@ -53,17 +53,18 @@ def _quotient(x: Elements, y: Elements, p: int) -> Elements:
     return x * inverses[y] % p
 
 
-def _permutations() -> Int[np.ndarray, "120 5"]:
+def permutations() -> Int[np.ndarray, "120 5"]:
+    """All elements of S5, element i the i-th in lexicographic order."""
     return np.array(list(itertools.permutations(range(5))))
 
 
 def _rank(images: Int[np.ndarray, "pairs 5"]) -> Elements:
     """The lexicographic index of each permutation; as base-5 numbers they sort the same way."""
     base = 5 ** np.arange(4, -1, -1)
-    return np.searchsorted(_permutations() @ base, images @ base)
+    return np.searchsorted(permutations() @ base, images @ base)
 
 
-def _composed(*factors: Int[np.ndarray, "pairs 5"]) -> Elements:
+def composed(*factors: Int[np.ndarray, "pairs 5"]) -> Elements:
     """The product of permutations, applied from right to left."""
     product = factors[-1]
     for factor in factors[-2::-1]:
@@ -72,9 +73,9 @@ def _composed(*factors: Int[np.ndarray, "pairs 5"]) -> Elements:
 
 
 def _s5(x: Elements, y: Elements, form: str) -> Elements:
-    s, t = _permutations()[x], _permutations()[y]
+    s, t = permutations()[x], permutations()[y]
     factors = {"xy": (s, t), "xyx^-1": (s, t, np.argsort(s, axis=1)), "xyx": (s, t, s)}
-    return _composed(*factors[form])
+    return composed(*factors[form])
 
 
 TASKS = (

@@ -13,9 +13,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import jlar
 
 from ..config import GrokConfig
-from .model import Transformer
+from .measures import Harmonics, comparators, harmonics
+from .model import MODELS, Norm, OneHotMLP, Transformer
 
 Epoch = int | Int[Array, ""]
+Model = Transformer | OneHotMLP
 
 HELD = 0.95  # share of the variance for k95, and of p for q_in_top95
 
@@ -23,7 +25,7 @@ HELD = 0.95  # share of the variance for k95, and of p for q_in_top95
 class State(NamedTuple):
     """The model and its optimiser; in an ensemble every array has a leading axis of seeds."""
 
-    model: Transformer
+    model: Model
     optimiser: optax.OptState
 
 
@@ -33,6 +35,7 @@ class Data(NamedTuple):
     train: Int[Array, "*seeds train 3"]
     validation: Int[Array, "*seeds validation 3"]
     order: PRNGKeyArray
+    harmonics: Harmonics
 
 
 class Metrics(NamedTuple):
@@ -49,11 +52,26 @@ class Metrics(NamedTuple):
     pr_q: Float[Array, "*seeds"]
     corr: Float[Array, "*seeds"]
     q_in_top95: Float[Array, "*seeds"]
+    stable_rank: Float[Array, "*seeds"]
+    effective_rank: Float[Array, "*seeds"]
+    weight_norm: Float[Array, "*seeds"]
+    logits_pr: Float[Array, "*seeds"]
+    logits_rank99: Float[Array, "*seeds"]
+    fourier_k99: Float[Array, "*seeds"]
 
 
 def _optimiser(config: GrokConfig) -> Any:  # optax types parameters as containers of arrays only
     warm_up = optax.linear_schedule(config.lr / 10, config.lr, transition_steps=9)
-    return optax.adamw(warm_up, b1=0.9, b2=0.98, eps=1e-8, weight_decay=config.weight_decay)
+    decay = config.weight_decay
+    mask = None if config.decay_gains else _not_in_norms
+    return optax.adamw(warm_up, b1=0.9, b2=0.98, eps=1e-8, weight_decay=decay, mask=mask)
+
+
+def _not_in_norms(model: Model) -> Any:
+    def is_norm(part: Any) -> bool:
+        return isinstance(part, Norm)
+
+    return jax.tree.map(lambda part: not is_norm(part), model, is_leaf=is_norm)
 
 
 def _key(seed: Int[Array, ""], purpose: int) -> PRNGKeyArray:
@@ -69,7 +87,7 @@ def initial(config: GrokConfig) -> State:
     """Every seed's state before the first step."""
 
     def one(seed: Int[Array, ""]) -> State:
-        model = Transformer(config, _key(seed, 0))
+        model = MODELS[config.model](config, _key(seed, 0))
         return State(model, _optimiser(config).init(model))
 
     return jax.vmap(one)(_seeds(config))
@@ -79,16 +97,20 @@ def initial(config: GrokConfig) -> State:
 def data(config: GrokConfig) -> Data:
     """Every seed's own random split of the task's pairs."""
     pairs = jnp.asarray(config.operation.pairs(config.p).astype(np.int32))
+    waves = harmonics(config.operation, config.p)
 
     def one(seed: Int[Array, ""]) -> Data:
-        shuffled = jax.random.permutation(_key(seed, 1), pairs)
+        table = pairs
+        if config.shuffled_labels:
+            table = table.at[:, 2].set(jax.random.permutation(_key(seed, 3), table[:, 2]))
+        shuffled = jax.random.permutation(_key(seed, 1), table)
         train, validation = jnp.split(shuffled, [config.train_pairs])
-        return Data(train, validation, _key(seed, 2))
+        return Data(train, validation, _key(seed, 2), waves)
 
     return jax.vmap(one)(_seeds(config))
 
 
-def _loss(model: Transformer, rows: Int[Array, "b 3"]) -> Float[Array, ""]:
+def _loss(model: Model, rows: Int[Array, "b 3"]) -> Float[Array, ""]:
     logits = model(rows[:, 0], rows[:, 1])
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 2]))
 
@@ -138,10 +160,10 @@ def evaluated(state: State, data: Data, live: Int[Array, " live"]) -> tuple[Metr
     return jax.vmap(_evaluation)(*chosen)
 
 
-def _evaluation(model: Transformer, data: Data) -> tuple[Metrics, jlar.Spectra]:
+def _evaluation(model: Model, data: Data) -> tuple[Metrics, jlar.Spectra]:
     W = model.unembedding
-    X, train_loss, train_acc = _answers(model, data.train)
-    _, val_loss, val_acc = _answers(model, data.validation)
+    X, Y, train_loss, train_acc = _answers(model, data.train)
+    *_, val_loss, val_acc = _answers(model, data.validation)
     spectra = jlar.spectra(W, X)
     p, q = spectra.p, spectra.q
     top = jnp.cumsum(p) - p < HELD  # the first directions that reach the share, and no more
@@ -157,14 +179,15 @@ def _evaluation(model: Transformer, data: Data) -> tuple[Metrics, jlar.Spectra]:
         pr_q=jlar.participation_ratio(q),
         corr=spectra.corr,
         q_in_top95=jnp.sum(jnp.where(top, q, 0)),
+        **comparators(model, p, Y.T @ Y, data.harmonics)._asdict(),
     )
     return metrics, spectra
 
 
 def _answers(
-    model: Transformer, rows: Int[Array, "b 3"]
-) -> tuple[Float[Array, "b n"], Float[Array, ""], Float[Array, ""]]:
-    """Unembedding inputs, mean loss and accuracy over these pairs."""
+    model: Model, rows: Int[Array, "b 3"]
+) -> tuple[Float[Array, "b n"], Float[Array, "b m"], Float[Array, ""], Float[Array, ""]]:
+    """Unembedding inputs, logits, mean loss and accuracy over these pairs."""
 
     def one(row: Int[Array, " 3"]) -> Float[Array, " n"]:
         return model.activations(row[:1], row[1:2])[0]
@@ -174,4 +197,4 @@ def _answers(
     logits = X @ model.unembedding.T
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 2])
     right = jnp.argmax(logits, axis=-1) == rows[:, 2]
-    return X, jnp.mean(losses), jnp.mean(right, dtype=jnp.float32)
+    return X, logits, jnp.mean(losses), jnp.mean(right, dtype=jnp.float32)
