@@ -1,0 +1,167 @@
+"""A Gemma-2 style decoder: scanned blocks, half-precision products of float32 masters.
+
+Weights are outputs x inputs and the blocks' are stacked over layers, (layers, m, n). Norms stand
+before and after each sub-block. Every product passes `tap`, so every matrix can be measured.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from jlar import Energies
+from jlar.probes import save_statistics, tap
+
+from .config import PretrainConfig
+
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+ROPE_BASE = 10_000.0
+Probes = dict[str, Energies]
+
+
+class Block(eqx.Module):
+    """Causal attention and a gated-GeLU MLP, each between two RMS norms, in a residual stream."""
+
+    q: Float[Array, "n n"]
+    k: Float[Array, "n n"]
+    v: Float[Array, "n n"]
+    o: Float[Array, "n n"]
+    gate: Float[Array, "h n"]
+    up: Float[Array, "h n"]
+    down: Float[Array, "n h"]
+    gains: Float[Array, "4 n"]
+    heads: int = eqx.field(static=True)
+    cap: float = eqx.field(static=True)
+
+    def __init__(self, config: PretrainConfig, key: PRNGKeyArray):
+        n, h = config.width, config.hidden
+        shapes = [(n, n)] * 4 + [(h, n)] * 2 + [(n, h)]
+        for name, each, shape in zip(MATRICES, jax.random.split(key, 7), shapes, strict=True):
+            setattr(self, name, _normal(each, shape))
+        self.gains = jnp.ones((4, n))
+        self.heads, self.cap = config.heads, config.attention_cap
+
+    def __call__(self, x: Float[Array, "b t n"], probes: Probes | None) -> Float[Array, "b t n"]:
+        """The residual stream after this block."""
+
+        def product(name: str, x: Array) -> Array:
+            W = getattr(self, name).astype(x.dtype)
+            Y = x @ W.T
+            return Y if probes is None else tap(probes[name], W, x, Y)
+
+        h = rms_norm(x, self.gains[0])
+        q, k, v = (self._heads(product(name, h)) for name in "qkv")
+        a = _attention(rotated(q), rotated(k), v, self.cap)
+        x = x + rms_norm(product("o", a.reshape(x.shape)), self.gains[1])
+        h = rms_norm(x, self.gains[2])
+        h = jax.nn.gelu(product("gate", h)) * product("up", h)
+        return x + rms_norm(product("down", h), self.gains[3])
+
+    def _heads(self, x: Float[Array, "b t n"]) -> Float[Array, "b t heads d"]:
+        return x.reshape(*x.shape[:2], self.heads, -1)
+
+
+class Decoder(eqx.Module):
+    """Embedding scaled by sqrt(n), blocks, a final norm, an untied or tied unembedding."""
+
+    embedding: Float[Array, "v n"]
+    blocks: Block
+    gain: Float[Array, " n"]
+    unembedding: Float[Array, "v n"] | None
+    dtype: str = eqx.field(static=True)
+    remat: str = eqx.field(static=True)
+    unroll: int = eqx.field(static=True)
+
+    def __init__(self, config: PretrainConfig, key: PRNGKeyArray):
+        shape, keys = (config.vocabulary, config.width), jax.random.split(key, 3)
+        self.embedding = _normal(keys[0], shape)
+        self.blocks = eqx.filter_vmap(lambda key: Block(config, key))(
+            jax.random.split(keys[1], config.layers)
+        )
+        self.gain = jnp.ones(config.width)
+        self.unembedding = None if config.tied else _normal(keys[2], shape)
+        self.dtype, self.remat, self.unroll = config.dtype, config.remat, config.unroll
+
+    @property
+    def head(self) -> Float[Array, "v n"]:
+        """W, what the logits are products with, in the dtype of the computation."""
+        W = self.embedding if self.unembedding is None else self.unembedding
+        return W.astype(self.dtype)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "b t"],
+        probes: Probes | None = None,
+        place: NamedSharding | None = None,
+    ) -> Float[Array, "b t n"]:
+        """X, what the unembedding multiplies; `place` is where its parts live on a mesh."""
+        n = self.gain.size
+        x = self.embedding[tokens].astype(self.dtype) * jnp.asarray(n**0.5, self.dtype)
+        rows, static = eqx.partition(self.blocks, eqx.is_array)
+
+        def layer(x: Array, row: tuple[Any, Probes | None]) -> tuple[Array, None]:
+            # Else XLA may take the layout of the weights, whose width is split over "data".
+            x = x if place is None else jax.lax.with_sharding_constraint(x, place)
+            return eqx.combine(row[0], static)(x, row[1]), None
+
+        x, _ = jax.lax.scan(_remat(layer, self.remat), x, (rows, probes), unroll=self.unroll)
+        x = x if place is None else jax.lax.with_sharding_constraint(x, place)
+        return rms_norm(x, self.gain)
+
+
+def probes(config: PretrainConfig) -> Probes:
+    """What `Decoder.hidden` takes so that the gradient holds the energies of every layer."""
+    inputs = {name: config.hidden if name == "down" else config.width for name in MATRICES}
+    return {name: Energies.zeros(n, (config.layers,)) for name, n in inputs.items()}
+
+
+def rms_norm(x: Float[Array, "*t n"], gain: Float[Array, " n"]) -> Float[Array, "*t n"]:
+    """x over its root mean square along the last axis, in float32 inside."""
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)
+    return (wide * scale * gain).astype(x.dtype)
+
+
+def rotated(x: Float[Array, "b t heads d"]) -> Float[Array, "b t heads d"]:
+    """Rotary positions: features i and i + d/2 turn by position / 10000^(2i/d)."""
+    t, d = x.shape[1], x.shape[3]
+    speed = ROPE_BASE ** -(jnp.arange(d // 2, dtype=jnp.float32) * (2 / d))
+    angle = (jnp.arange(t, dtype=jnp.float32)[:, None] * speed)[:, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _attention(q: Array, k: Array, v: Array, cap: float) -> Float[Array, "b t heads d"]:
+    if not cap:
+        fast = q.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+        implementation = "cudnn" if fast else "xla"
+        with jax.numpy_dtype_promotion("standard"):  # it promotes bfloat16 by itself
+            return jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, implementation=implementation
+            )
+    t, d = q.shape[1], q.shape[3]
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    scores = cap * jnp.tanh(scores * (d**-0.5 / cap))
+    causal = jnp.tril(jnp.ones((t, t), bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf)).astype(v.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def _remat(layer: Any, remat: str) -> Any:
+    if remat == "none":
+        return layer
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Inside a scan nothing can be merged across the recomputation: no barrier is needed.
+    return jax.checkpoint(
+        layer, policy=save_statistics(dots if remat == "dots" else None), prevent_cse=False
+    )
+
+
+def _normal(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "m n"]:
+    """Standard deviation 1 / sqrt(inputs): each output starts with the variance of the inputs."""
+    return jax.random.normal(key, shape) * jnp.float32(shape[1] ** -0.5)

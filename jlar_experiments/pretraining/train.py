@@ -1,0 +1,159 @@
+"""The training step and what it measures: pure, jitted, on any mesh.
+
+    mesh = sharding.mesh(config.tensor)
+    program = train.Program(config, mesh)
+    state = program.initial()
+    state, metrics = program.step(state, batch)     # batch (batch, length + 1), int32
+
+To compile for devices that are not there, build the mesh from their topology
+(`sharding.mesh(tensor, devices)`) and, without allocating anything, call
+`program.step.lower(program.abstract_state, program.abstract_batch).compile()`.
+"""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Float, Int, PyTree
+
+import jlar
+
+from .config import PretrainConfig
+from .model import Decoder, Probes, probes
+from .optimisers import optimiser
+from .sharding import BATCH, HIDDEN, abstract, shardings
+
+TOP = (1, 2, 3, 5, 10)  # the k of L_k and D_k
+
+Batch = Int[Array, "b t1"]
+
+
+class State(NamedTuple):
+    """What a step changes; `monitor` is the place for the state of a monitor, None without."""
+
+    step: Int[Array, ""]
+    model: Decoder
+    optimiser: optax.OptState
+    monitor: PyTree = None
+
+
+class Metrics(NamedTuple):
+    """What every step returns; the energies of the unembedding are those of the whole batch."""
+
+    loss: Float[Array, ""]
+    gradient_norm: Float[Array, ""]
+    lars: dict[str, jlar.Energies]
+
+
+def losses(
+    config: PretrainConfig,
+    model: Decoder,
+    tokens: Batch,
+    probes: Probes | None = None,
+    place: NamedSharding | None = None,
+) -> tuple[Float[Array, ""], tuple[jlar.Energies, Float[Array, "b t n"]]]:
+    """Mean cross-entropy of the next token; the unembedding's energies and its inputs X."""
+    X, labels, W = model.hidden(tokens[:, :-1], probes, place), tokens[:, 1:], model.head
+    cap = config.final_cap
+    if config.loss == "fused":
+        loss, energies = jlar.losses.cross_entropy(W, X, labels, soft_cap=cap or None)
+        return loss, (energies, X)
+    Y = jnp.matmul(X, W.T, preferred_element_type=jnp.float32)
+    energies = jlar.energies(W, X, Y=Y)
+    z = cap * jnp.tanh(Y / cap) if cap else Y
+    return optax.softmax_cross_entropy_with_integer_labels(z, labels).mean(), (energies, X)
+
+
+class Program:
+    """The jitted functions of one configuration on one mesh."""
+
+    def __init__(self, config: PretrainConfig, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self._optimiser = optimiser(config)
+        shapes = jax.eval_shape(self._initial)
+        self.places = shardings(shapes, mesh)
+        self.abstract_state: State = abstract(shapes, self.places)
+        self.batch_place = NamedSharding(mesh, BATCH)
+        self._hidden_place = NamedSharding(mesh, HIDDEN)
+        self.abstract_batch = jax.ShapeDtypeStruct(
+            (config.batch, config.length + 1), jnp.int32, sharding=self.batch_place
+        )
+        self.initial = jax.jit(self._initial, out_shardings=self.places)
+
+    @cached_property
+    def step(self) -> Any:
+        """`step(state, batch) -> (state, metrics)`; it consumes the state."""
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(self.places, None))
+
+    @cached_property
+    def validation(self) -> Any:
+        """`validation(model, batches)` -> mean loss over batches (many, batch, length + 1)."""
+
+        def mean(model: Decoder, batches: Int[Array, "k b t1"]) -> Float[Array, ""]:
+            return jnp.mean(jax.lax.map(lambda b: self._losses(model, b)[0], batches))
+
+        return jax.jit(mean)
+
+    @cached_property
+    def inspection(self) -> Any:
+        """`inspection(model, batch)` -> `Inspection` of this model on this batch."""
+        return jax.jit(self._inspection)
+
+    def _losses(self, model: Decoder, tokens: Batch, probes: Probes | None = None) -> Any:
+        return losses(self.config, model, tokens, probes, self._hidden_place)
+
+    def _initial(self) -> State:
+        model = Decoder(self.config, jax.random.key(self.config.seed))
+        return State(jnp.zeros((), jnp.int32), model, self._optimiser.init(model))
+
+    def _step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
+        every = self.config.lar == "every"
+
+        def loss(both: tuple[Decoder, Probes | None]) -> tuple[Array, jlar.Energies]:
+            value, (energies, _) = self._losses(both[0], batch, both[1])
+            return value, energies
+
+        inputs = (state.model, probes(self.config) if every else None)
+        (value, energies), (gradient, lars) = jax.value_and_grad(loss, has_aux=True)(inputs)
+        measured = {} if self.config.lar == "off" else {"unembedding": energies, **(lars or {})}
+        with jax.numpy_dtype_promotion("standard"):  # optax takes a float to the power of an int32
+            updates, optimiser_state = self._optimiser.update(
+                gradient, state.optimiser, state.model
+            )
+        model = eqx.apply_updates(state.model, updates)
+        new = State(state.step + 1, model, optimiser_state, state.monitor)
+        return new, Metrics(value, optax.tree.norm(gradient), measured)
+
+    def _inspection(self, model: Decoder, batch: Batch) -> "Inspection":
+        def forward(probes: Probes) -> tuple[Array, Any]:
+            return self._losses(model, batch, probes)
+
+        # The statistics do not depend on the cotangent: what would propagate it is dead code.
+        loss, pull, (energies, X) = jax.vjp(forward, probes(self.config), has_aux=True)
+        (lars,) = pull(jnp.zeros_like(loss))
+        spectra = jlar.grams(model.head, X).spectra()
+        roots = jnp.sqrt(spectra.p)
+        split = {k: jlar.top_overlap(spectra, k) for k in TOP if k <= self.config.width}
+        return Inspection(
+            lars={"unembedding": energies, **lars},
+            spectra=spectra,
+            top=split,
+            stable_rank=1 / spectra.p[0],
+            effective_rank=jnp.exp(jnp.sum(jax.scipy.special.entr(roots / jnp.sum(roots)))),
+            rms_X=jnp.sqrt(jnp.mean(jnp.square(X.astype(jnp.float32)))),
+        )
+
+
+class Inspection(NamedTuple):
+    """What is measured at a cadence, on the training batch and before its update."""
+
+    lars: dict[str, jlar.Energies]
+    spectra: jlar.Spectra
+    top: dict[int, jlar.TopOverlap]
+    stable_rank: Float[Array, ""]
+    effective_rank: Float[Array, ""]
+    rms_X: Float[Array, ""]
