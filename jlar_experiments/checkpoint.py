@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,12 @@ from orbax.checkpoint.experimental import v1 as ocp
 KEPT = 2
 
 
+class Unsaved(Exception):
+    """A checkpoint could not be written (the disk is full, say); the message is one line."""
+
+
 class Checkpoints:
-    """Saves in the background; each appears under its epoch's number only once it is whole."""
+    """Saves in the background; each appears under its step's number only once it is whole."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -24,30 +28,57 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    def save(self, epoch: int, state: Any) -> None:
-        """Start to save; waits only for a save that is still under way."""
+    def save(self, step: int, state: Any) -> None:
+        """Start to save; waits only for a save that is still under way.
+
+        Raises:
+            Unsaved: this save or the one before it failed.
+        """
         # The training step donates its buffers, so what is written must be a copy. Without `force`
         # orbax skips a save while another is under way, and the last one must not be skipped.
-        self._checkpointer.save_async(epoch, jax.tree.map(jnp.copy, state), force=True)
+        try:
+            self._checkpointer.save_async(step, jax.tree.map(jnp.copy, state), force=True)
+        except Exception as error:  # orbax does not say what a failed write may raise
+            self._unsaved(error)
 
     def newest(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any] | None:
-        """The newest readable epoch and state, or None; damaged checkpoints are removed.
+        """The newest readable step and state, or None; damaged checkpoints are removed.
 
         Args:
-            like: a pytree of the shapes and dtypes of the state, as of `jax.eval_shape`.
-            warn: is told of each damaged checkpoint.
+            like: a pytree of the shapes and dtypes of the state, as of `jax.eval_shape`. Arrays go
+                to the sharding of their shape where it has one, which need not be that of the save.
+            warn: is told of each damaged checkpoint, and when none is left.
         """
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), like)
-        for epoch in sorted((each.step for each in self._checkpointer.checkpoints), reverse=True):
+        like = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(
+                a.shape, a.dtype, sharding=getattr(a, "sharding", None) or place
+            ),
+            like,
+        )
+        steps = sorted((each.step for each in self._checkpointer.checkpoints), reverse=True)
+        for step in steps:
             try:
-                return epoch, self._checkpointer.load(epoch, like)
+                return step, self._checkpointer.load(step, like)
             except Exception as error:  # orbax does not say what a damaged file may raise
-                warn(f"checkpoint {epoch} is damaged ({type(error).__name__}) and was removed")
-                shutil.rmtree(self._folder / str(epoch))
+                warn(f"checkpoint {step} is damaged ({type(error).__name__}) and was removed")
+                shutil.rmtree(self._folder / str(step), ignore_errors=True)
                 self._checkpointer.reload()
+        if steps:
+            warn(f"no checkpoint is left in {self._folder}; starting from the beginning")
         return None
 
     def close(self) -> None:
-        """Wait until everything is on the disk."""
-        self._checkpointer.close()
+        """Wait until everything is on the disk; raises `Unsaved` as `save` does."""
+        try:
+            self._checkpointer.close()
+        except Exception as error:
+            self._unsaved(error)
+
+    def _unsaved(self, error: Exception) -> NoReturn:
+        whole = sorted(int(each.name) for each in self._folder.iterdir() if each.name.isdigit())
+        left = f"the last good one is {whole[-1]}" if whole else "there is no other"
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise Unsaved(f"a checkpoint could not be written to {self._folder} ({why}); {left}") from (
+            error
+        )

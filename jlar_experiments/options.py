@@ -24,8 +24,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
 
 
-def add_settings(group: Any, settings: type) -> None:
+def add_settings(group: Any, settings: type, *, given_only: bool = False) -> None:
     """One option per field of a dataclass whose annotations are `Annotated[type, explanation]`.
+
+    With `given_only` an option that is not given is not in the result, and no default is shown.
 
     The type is int, float, str, Path, a Literal of names, bool (--name and --no-name), or one of
     them `| None`, which is the default then and said in the explanation.
@@ -33,7 +35,8 @@ def add_settings(group: Any, settings: type) -> None:
     for name, annotation in get_type_hints(settings, include_extras=True).items():
         kind, explanation = get_args(annotation)
         default = getattr(settings, name)
-        shown = "" if default is None else f" [{_shown(default)}]"
+        shown = "" if default is None or given_only else f" [{_shown(default)}]"
+        default = argparse.SUPPRESS if given_only else default
         group.add_argument(
             "--" + name.replace("_", "-"), default=default, help=explanation + shown, **_form(kind)
         )
@@ -60,10 +63,10 @@ def settings(arguments: argparse.Namespace, kind: type[T]) -> T:
     try:
         return kind(**{name: getattr(arguments, name) for name in names})
     except ValueError as error:
-        parser.error(_as_options(str(error), names))
+        parser.error(as_options(str(error), names))
 
 
-def _as_options(message: str, names: list[str]) -> str:
+def as_options(message: str, names: list[str]) -> str:
     """The message with the settings written as on the command line."""
     for name in names:
         if message.startswith(name + " "):

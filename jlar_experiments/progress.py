@@ -52,3 +52,36 @@ class Progress:
 def say(text: str) -> None:
     """Print a line without breaking a bar."""
     tqdm.write(text, file=sys.stderr)
+
+
+class Steps:
+    """A bar over the steps of one run."""
+
+    def __init__(self, steps: int, first: int):
+        self._terminal, self._steps = sys.stderr.isatty(), steps
+        self._spoken = -float("inf")
+        self._bar = tqdm(
+            total=steps,
+            initial=first,
+            unit="step",
+            disable=not self._terminal,
+            dynamic_ncols=True,
+            bar_format="{n_fmt}/{total_fmt} steps |{bar}| {desc} · {remaining} left",
+        )
+
+    def show(self, step: int, row: Row) -> None:
+        """Tell of this row, the last one read."""
+        text = f"loss {row['train_loss']:.3f}"
+        if row.get("lar") is not None:
+            text += f" LAR {row['lar']:.3f}"
+        text += f" · {row['tokens_per_second']:,.0f} tokens/s"
+        if self._terminal:
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step >= self._steps or time.monotonic() - self._spoken >= SECONDS_BETWEEN_LINES:
+            self._spoken = time.monotonic()
+            print(f"step {step} of {self._steps}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and free the line."""
+        self._bar.close()

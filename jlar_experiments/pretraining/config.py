@@ -1,6 +1,5 @@
 """The settings of one pre-training run: a frozen dataclass that refuses what cannot work."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
@@ -163,16 +162,6 @@ class PretrainConfig:
         """Of a training step without recomputation: 6 per used weight, and causal attention."""
         used = self.parameters - (0 if self.tied else self.vocabulary * self.width)
         return 6.0 * used + 6.0 * self.layers * self.width * self.length
-
-    @property
-    def name(self) -> str:
-        """A folder name that differs whenever a setting that decides numbers does."""
-        parts = [self.optimiser, f"{self.unique_tokens}", f"seed{self.seed}"]
-        for each in dataclasses.fields(self):
-            value = getattr(self, each.name)
-            if each.name not in ("optimiser", "unique_tokens", "seed") and value != each.default:
-                parts.append(f"{each.name}{value}")
-        return "-".join(parts)
 
 
 def _demand(condition: bool, message: str, value: object) -> None:

@@ -28,6 +28,18 @@ class Preset:
         settings = {"optimiser": chosen, **self.optimisers.get(chosen, {}), **overrides}
         return dataclasses.replace(self.run, **settings)
 
+    def name(self, config: PretrainConfig) -> str:
+        """A folder name that differs whenever a setting does from the preset's."""
+        parts = {"optimiser": config.optimiser, "unique_tokens": config.unique_tokens}
+        usual = self.config(**parts, seed=config.seed)
+        different = [
+            f"{each.name}{getattr(config, each.name)}".replace("/", "-")
+            for each in dataclasses.fields(config)
+            if getattr(config, each.name) != getattr(usual, each.name)
+        ]
+        shown = f"{config.unique_tokens}tokens"
+        return "-".join([config.optimiser, shown, f"seed{config.seed}", *different])
+
     def arms(self, seeds: int | None = None) -> Iterator[PretrainConfig]:
         """All runs, the baseline of each optimiser first."""
         seeds = seeds or self.seeds

@@ -1,0 +1,198 @@
+"""The commands `jlar data`, `jlar pretrain` and `jlar paper pretraining`."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from .. import options, report
+from ..options import Parser
+from .config import PretrainConfig
+from .presets import PRESETS, Preset
+
+RUNS = Path("runs")
+
+
+def register(commands: Any) -> None:
+    """Add `data` and `pretrain` to the commands."""
+    _data_parser(commands)
+    described = "\n\n".join(f"{name}: {type(each).__doc__}" for name, each in PRESETS.items())
+    parser = commands.add_parser(
+        "pretrain",
+        help="train a language model, once or again and again on the same data",
+        description="Train a decoder on a corpus and watch the log-alignment ratio (LAR) of the\n"
+        "training batches. A run that is killed continues with the same command.",
+        epilog=described,
+    )
+    parser.set_defaults(command=pretrain, parser=parser)
+    _where(parser, "folder of the run [runs/<preset>/<its settings>]")
+    settings = parser.add_argument_group("instead of the preset's setting")
+    options.add_settings(settings, PretrainConfig, given_only=True)
+
+
+def register_paper(studies: Any) -> None:
+    """Add `pretraining` to the studies of `jlar paper`."""
+    parser = studies.add_parser(
+        "pretraining",
+        help="every data size with every optimiser, the baseline first, and one report",
+        description="All runs of a preset and their common report: figures 4-8, 12, 13, 17-20 and\n"
+        "tables 2-4 of the paper. Finished runs are kept, a killed one continues.",
+    )
+    parser.set_defaults(command=paper, parser=parser)
+    _where(parser, "folder of the runs [runs/<preset>]")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds of every run [preset's]")
+    settings = parser.add_argument_group("instead of the preset's setting, in every run")
+    options.add_settings(settings, PretrainConfig, given_only=True)
+
+
+def _where(parser: Any, folder: str) -> None:
+    parser.add_argument("--preset", choices=PRESETS, default="bytes-tiny", help="[bytes-tiny]")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=folder)
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=RUNS / "data",
+        metavar="FOLDER",
+        help="where token files are made and looked for [runs/data]",
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="continue (the default)")
+    again.add_argument("--fresh", action="store_true", help="throw away what is in the folder")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes that train together: on each, jax.distributed.initialize() "
+        "finds the others as on TPU pods and SLURM, or by JAX_COORDINATOR_ADDRESS, "
+        "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+    )
+
+
+def _data_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "data",
+        help="make token files of text, for jlar pretrain",
+        description="Turn text into token files: train.bin, validation.bin (a tenth of the\n"
+        "documents) and tokens.json. `jlar pretrain --corpus FOLDER` reads them.",
+    )
+    parser.set_defaults(command=data, parser=parser)
+    parser.add_argument(
+        "--corpus",
+        default="stdlib",
+        metavar="NAME",
+        help="stdlib (the sources of this Python's standard library), site-packages (those of "
+        "everything installed beside it), or a folder or file of text [stdlib]",
+    )
+    parser.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes", help="[bytes]")
+    parser.add_argument(
+        "--vocabulary", type=int, default=2048, metavar="N", help="tokens of the BPE [2048]"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="[runs/data/<name>]")
+
+
+def data(arguments: argparse.Namespace) -> int:
+    """`jlar data`: make token files, or tell of those that are there."""
+    parser: Parser = arguments.parser
+    if arguments.tokenizer == "bpe" and not 257 <= arguments.vocabulary < 2**24:
+        parser.error(f"--vocabulary must be from 257 to 2^24; got {arguments.vocabulary}")
+    from . import corpus
+
+    chosen = arguments.corpus, arguments.tokenizer, arguments.vocabulary
+    folder = arguments.out or corpus.folder(*chosen, RUNS / "data")
+    try:
+        made = corpus.prepare(*chosen, folder, lambda text: print(text, file=sys.stderr))
+    except (corpus.Unusable, OSError) as error:
+        parser.error(str(error))
+    print(
+        f"{folder}: {made.tokens['train']:,} tokens of {made.documents['train']:,} documents to "
+        f"train on, {made.tokens['validation']:,} of {made.documents['validation']:,} held out; "
+        f"vocabulary {made.vocabulary:,}"
+    )
+    return 0
+
+
+def pretrain(arguments: argparse.Namespace) -> int:
+    """`jlar pretrain`: train, or continue, one run and report on all of its preset."""
+    preset = PRESETS[arguments.preset]
+    config = _config(arguments, preset)
+    folder = arguments.out or RUNS / arguments.preset / preset.name(config)
+    code = _trained(arguments, [(config, folder)])
+    return code if code else _report(folder if arguments.out else folder.parent)
+
+
+def paper(arguments: argparse.Namespace) -> int:
+    """`jlar paper pretraining`: every run of the preset that is not finished, and the report."""
+    parser: Parser = arguments.parser
+    if arguments.seeds is not None and arguments.seeds < 1:
+        parser.error(f"--seeds must be at least 1; got {arguments.seeds}")
+    preset, given = PRESETS[arguments.preset], _given(arguments)
+    if swept := {"optimiser", "unique_tokens", "seed"} & given.keys():
+        name = "--" + min(swept).replace("_", "-")
+        parser.error(f"{name} differs between the runs; jlar pretrain takes it for one run")
+    root = arguments.out or RUNS / arguments.preset
+    try:
+        arms = [dataclasses.replace(arm, **given) for arm in preset.arms(arguments.seeds)]
+    except ValueError as error:
+        parser.error(options.as_options(str(error), list(_settings())))
+    code = _trained(arguments, [(arm, root / preset.name(arm)) for arm in arms])
+    return code if code else _report(root)
+
+
+def _settings() -> set[str]:
+    return {each.name for each in dataclasses.fields(PretrainConfig)}
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(arguments).items() if name in _settings()}
+
+
+def _config(arguments: argparse.Namespace, preset: Preset) -> PretrainConfig:
+    try:
+        return preset.config(**_given(arguments))
+    except ValueError as error:
+        parser: Parser = arguments.parser
+        parser.error(options.as_options(str(error), list(_settings())))
+
+
+def _trained(arguments: argparse.Namespace, runs: list[tuple[PretrainConfig, Path]]) -> int:
+    """Train each run in its folder; the exit code."""
+    parser: Parser = arguments.parser
+    if arguments.distributed:
+        import jax
+
+        jax.distributed.initialize()
+    from ..checkpoint import Unsaved
+    from . import corpus, study
+
+    for config, folder in runs:
+        try:
+            tokens = study.tokens(config, arguments.data)
+            study.check(config, tokens)
+            study.prepare(config, arguments.preset, folder, fresh=arguments.fresh)
+            if len(runs) > 1:
+                print(f"{folder.name}: {config.epochs:.3g} epochs", file=sys.stderr)
+            if not study.run(config, folder, tokens):
+                print(f"{folder} is finished", file=sys.stderr)
+        except (ValueError, study.Refused, corpus.Unusable, Unsaved, OSError) as error:
+            parser.error(options.as_options(str(error), list(_settings())))
+        except KeyboardInterrupt:
+            print(f"\ninterrupted; the same command continues {folder}", file=sys.stderr)
+            return 130
+        except study.Terminated:
+            print(f"saved; the same command continues {folder}", file=sys.stderr)
+            return 143
+    return 0
+
+
+def _report(folder: Path) -> int:
+    import jax
+
+    if jax.process_index() == 0:
+        print(report.write(folder))
+    return 0
+
+
+def stored_preset(folder: Path) -> str:
+    """The preset that the run in this folder belongs to."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["preset"]
