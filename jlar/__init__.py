@@ -3,11 +3,14 @@
 from . import losses as losses
 from . import nn as nn
 from . import probes as probes
+from ._baseline import Baseline as Baseline
 from ._energies import Energies as Energies
 from ._energies import energies as energies
 from ._energies import lar as lar
 from ._lar import effective_dimension as effective_dimension
 from ._lar import participation_ratio as participation_ratio
+from ._monitor import Monitor as Monitor
+from ._monitor import Signal as Signal
 from ._ranks import effective_rank as effective_rank
 from ._ranks import principal_dimension as principal_dimension
 from ._ranks import stable_rank as stable_rank

@@ -1,0 +1,278 @@
+"""Monitor: alarms out of the log-alignment ratio, while a run trains or from its log afterwards."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ._checks import check_width
+from ._trend import Window
+
+# Where these come from: python -m jlar_experiments.monitoring.calibration, and LOG.md beside it.
+DEVIATION = 0.0090  # LAR below the baseline that runs without overfitting may reach
+DECLINE = 0.0030  # LAR lost since the peak, beyond the allowed decline, that such runs may reach
+ALLOWED = 0.0075  # LAR per doubling of steps that such runs lose
+NOISES = 1.2  # standard deviations of the noise on top of either
+WIDTH = 4096  # the width the three figures above are for
+AHEAD = 0.1  # doublings a run may be ahead of its baseline, or behind, while LAR rises
+ALIGNED = 0.53  # a peak below this is initialisation: no decline is counted from it
+MEMORISED = 0.05  # of the largest training loss
+GROKKED = 0.4  # of k at memorisation
+
+LEVEL, PEAK, SLOPE = 1 / 8, 1 / 2, 1 / 2  # doublings that the means and the slope are over
+CONFIRMATIONS = 2  # consecutive points it takes to start or to end an alarm
+
+
+class Signal(eqx.Module):
+    """One alarm: its level, its threshold, and when it first rang.
+
+    It starts when the level has exceeded the threshold at `CONFIRMATIONS` consecutive points of the
+    window, and ends when it has been below half of it as often.
+    """
+
+    level: Float[Array, "*runs"]
+    """In LAR, the larger the worse (grokking: the better); nan while there is nothing to say."""
+    threshold: Float[Array, "*runs"]
+    noise: Float[Array, "*runs"]
+    """Standard deviation of a point about its trend, estimated from the run, in LAR."""
+    alarm: Bool[Array, "*runs"]
+    """Whether it rings now."""
+    first_alarm_step: Float[Array, "*runs"]
+    """When it first rang, whether or not it still does; nan if it never did."""
+    streak: Int[Array, "*runs"]
+    """Consecutive points that contradict `alarm`."""
+
+    @classmethod
+    def silent(cls) -> "Signal":
+        """Nothing seen, nothing rung."""
+        nan = jnp.full((), jnp.nan, jnp.float32)
+        return cls(nan, nan, nan, jnp.zeros((), bool), nan, jnp.zeros((), jnp.int32))
+
+    @property
+    def rang(self) -> Bool[Array, "*runs"]:
+        """Whether it rings or ever did."""
+        return jnp.isfinite(self.first_alarm_step)
+
+    def update(self, step: Array, heard: Array, level: Array, threshold: Array, noise: Array):
+        """The signal after a point, if one was `heard`."""
+        contradicts = jnp.where(self.alarm, level < threshold / 2, level > threshold)
+        streak = jnp.where(contradicts, self.streak + 1, 0)
+        flips = streak >= CONFIRMATIONS
+        first = jnp.where(flips & ~self.rang, step, self.first_alarm_step)
+        streak = jnp.where(flips, 0, streak)
+        new = Signal(level, threshold, noise, self.alarm ^ flips, first, streak)
+        return jax.tree.map(lambda a, b: jnp.where(heard, a, b), new, self)
+
+
+class Monitor(eqx.Module):
+    r"""Alarms out of a run's LAR, without validation data: a pytree that a training step carries.
+
+    Three signals of overfitting, `deviation`, `matched_loss` and `decline`, and one of
+    generalisation, `grokking`, which is good news and no part of `alarm`:
+
+    * `deviation`: how far LAR is below the baseline's at the same step.
+    * `matched_loss`: how far it is below the baseline's at the same training loss.
+    * `decline`: how much LAR has lost since its own peak beyond `ALLOWED` per doubling of steps,
+      the slow decline of runs that do not overfit. Silent where the baseline declines as well.
+    * `grokking`: how much LAR has risen since memorisation (training loss below a twentieth of its
+      largest), so that $k = n^{2(1-LAR)}$ is $n^{-2 level}$ of what it was; it rings at two fifths.
+      Needs n. Networks may generalise without it (small initialisation).
+
+    Every mean is over a fraction of a doubling of steps, so nothing depends on how often LAR is
+    logged or on what a step is; each threshold has a floor and a multiple of the noise, which is
+    estimated from the run. State: at most 48 points per signal, float32. Each update is a few
+    microseconds of arithmetic on scalars, and can be carried through jit, scan, vmap and
+    checkpoints. The floors are those of width 4096, and scale as 1 / log n if n is given.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jlar
+        >>> steps = jnp.arange(50, 10_001, 50)
+        >>> lar = 0.68 - 0.002 * (steps / 1000)  # the slow decline of a long run
+        >>> falling = lar - 0.01 * jnp.maximum(steps / 1000 - 4, 0)  # overfitting from step 4000
+        >>> @jax.vmap
+        ... def final(lar):
+        ...     watch = lambda monitor, at: (monitor.update(*at), None)
+        ...     return jax.lax.scan(watch, jlar.Monitor.init(n=4096), (steps, lar))[0]
+        >>> monitor = final(jnp.stack([lar, falling]))
+        >>> print(monitor.alarm, monitor.first_alarm_step)
+        [False  True] [  nan 4600.]
+    """
+
+    step: Float[Array, "*runs"]
+    """The largest step so far."""
+    ignored: Int[Array, "*runs"]
+    """Updates whose LAR was not finite."""
+    replayed: Int[Array, "*runs"]
+    """Updates whose step was not greater than all before: a restart replaying what is known."""
+    deviation: Signal
+    matched_loss: Signal
+    decline: Signal
+    grokking: Signal
+    peak_lar: Float[Array, "*runs"]
+    """LAR at the peak that the decline is counted from; nan before there is one."""
+    peak_step: Float[Array, "*runs"]
+    slope: Float[Array, "*runs"]
+    """Change of LAR per doubling of steps, over the last half of a doubling."""
+    memorised_lar: Float[Array, "*runs"]
+    """LAR at memorisation; nan before."""
+    largest_loss: Float[Array, "*runs"]
+    windows: Window
+    """Three: of LAR, of its distance below the baseline at the same step, and at the same loss."""
+    n: int | None = eqx.field(static=True)
+
+    @classmethod
+    def init(cls, *, n: int | None = None) -> "Monitor":
+        """A monitor that has seen nothing.
+
+        Args:
+            n: input width of the layer, the base of the logarithm; None where it is not known.
+
+        Raises:
+            ValueError: n < 2.
+        """
+        if n is not None:
+            check_width(n, "the argument n")
+        nan, none = jnp.full((), jnp.nan, jnp.float32), jnp.zeros((), jnp.int32)
+        silent, empty = Signal.silent(), Window.empty(3)
+        before = jnp.full((), -jnp.inf, jnp.float32)
+        return cls(
+            before, none, none, silent, silent, silent, silent, nan, nan, nan, nan, before,
+            empty, n,
+        )  # fmt: skip
+
+    @property
+    def alarm(self) -> Bool[Array, "*runs"]:
+        """Whether a signal of overfitting rings now."""
+        return self.deviation.alarm | self.matched_loss.alarm | self.decline.alarm
+
+    @property
+    def first_alarm_step(self) -> Float[Array, "*runs"]:
+        """When a signal of overfitting first rang; nan if none ever did."""
+        signals = (self.deviation, self.matched_loss, self.decline)
+        return jnp.nanmin(jnp.stack([each.first_alarm_step for each in signals]), axis=0)
+
+    @property
+    def slope_per_step(self) -> Float[Array, "*runs"]:
+        """Change of LAR per step, over the last half of a doubling."""
+        return self.slope / (self.step * math.log(2))
+
+    def update(
+        self,
+        step: Float[ArrayLike, ""] | Int[ArrayLike, ""],
+        lar: Float[ArrayLike, ""],
+        *,
+        train_loss: Float[ArrayLike, ""] | None = None,
+        baseline_lar: Float[ArrayLike, ""] | None = None,
+        baseline_at_loss: Float[ArrayLike, ""] | None = None,
+    ) -> "Monitor":
+        """The monitor after one more step. Pure: keep what it returns.
+
+        Args:
+            step: of the run, in any unit, at any distance. One that is not greater than all before
+                is a restart that replays what is known: it changes nothing but `replayed`. Step 0
+                has no logarithm and is passed over.
+            lar: of the training data. What is not finite changes nothing but `ignored`.
+            train_loss: for `grokking`.
+            baseline_lar: the baseline's LAR at this step, as `jlar.Baseline.at_step` gives it, or
+                that of a second run beside this one; nan where the baseline says nothing.
+            baseline_at_loss: the baseline's LAR where its training loss was what this run's is now,
+                as `jlar.Baseline.at_loss` gives it; nan outside the losses that it saw.
+
+        Returns:
+            A monitor of the same structure, shapes and dtypes.
+        """
+        step, lar, loss, at_step, at_loss = (
+            _scalar(value) for value in (step, lar, train_loss, baseline_lar, baseline_at_loss)
+        )
+        known, finite = step <= self.step, jnp.isfinite(lar)
+        lar = jnp.where(known, jnp.nan, lar)
+        u, distances = jnp.log2(step), jnp.stack([lar, at_step - lar, at_loss - lar])
+        windows, heard = jax.vmap(Window.push, (0, None, 0))(self.windows, u, distances)
+        largest_loss = jnp.fmax(self.largest_loss, jnp.where(known, jnp.nan, loss))
+        memorised_lar, grokking = self._grokking(step, lar, loss, largest_loss)
+        seen = Monitor(
+            step=jnp.fmax(step, self.step),
+            ignored=self.ignored + (~finite & ~known).astype(jnp.int32),
+            replayed=self.replayed + known.astype(jnp.int32),
+            deviation=self.deviation,
+            matched_loss=self.matched_loss,
+            decline=self.decline,
+            grokking=grokking,
+            peak_lar=self.peak_lar,
+            peak_step=self.peak_step,
+            slope=self.slope,
+            memorised_lar=memorised_lar,
+            largest_loss=largest_loss,
+            windows=windows,
+            n=self.n,
+        )
+        # Most steps of a run that is logged at every step only add to a point that is pending.
+        return jax.lax.cond(heard[0], Monitor._judged, _unchanged, seen, heard)
+
+    def _judged(self, heard: Bool[Array, "3"]) -> "Monitor":
+        """The signals after the points that have entered the windows."""
+        scale = 1 if self.n is None else math.log(WIDTH) / math.log(self.n)
+        enough, single, noise, u, level = jax.vmap(_newest)(self.windows)
+        level = jnp.where(enough, level, jnp.nan)
+        run = jax.tree.map(lambda stacked: stacked[0], self.windows)
+        slope = jnp.where(run.enough, run.slope(SLOPE), jnp.nan)
+
+        allowed = DEVIATION * scale + AHEAD * jnp.maximum(slope, 0) + NOISES * noise
+        deviation, matched_loss = (
+            signal.update(self.step, heard[i], level[i], allowed[i], noise[i])
+            for i, signal in ((1, self.deviation), (2, self.matched_loss))
+        )
+
+        def tilted(u: Array, lar: Array) -> Array:
+            return lar + ALLOWED * scale * u  # does not change along the decline that is allowed
+
+        u_peak, lar_peak = run.level(PEAK, single[0])
+        held = tilted(jnp.log2(self.peak_step), self.peak_lar)
+        higher = run.enough & ~(tilted(u_peak, lar_peak) <= held)
+        peak_lar = jnp.where(higher, lar_peak, self.peak_lar)
+        peak_step = jnp.where(higher, jnp.exp2(u_peak), self.peak_step)
+        lost = tilted(jnp.log2(peak_step), peak_lar) - tilted(u[0], level[0])
+        compared = self.windows.doublings[0, -1] - self.windows.doublings[1, -1] < LEVEL
+        shared = compared & (deviation.level < deviation.threshold / 2)
+        decline = self.decline.update(
+            self.step,
+            heard[0],
+            jnp.where(shared | (peak_lar < ALIGNED), jnp.minimum(lost, 0), lost),
+            DECLINE * scale + NOISES * noise[0],
+            noise[0],
+        )
+        judged = (deviation, matched_loss, decline, peak_lar, peak_step, slope)
+        names = ("deviation", "matched_loss", "decline", "peak_lar", "peak_step", "slope")
+        return eqx.tree_at(lambda m: [getattr(m, name) for name in names], self, judged)
+
+    def _grokking(
+        self, step: Array, lar: Array, loss: Array, largest_loss: Array
+    ) -> tuple[Array, Signal]:
+        now = jnp.isnan(self.memorised_lar) & (loss < MEMORISED * largest_loss)
+        memorised_lar = jnp.where(now, lar, self.memorised_lar)
+        rise = math.inf if self.n is None else -0.5 * math.log(GROKKED) / math.log(self.n)
+        level, heard = lar - memorised_lar, jnp.isfinite(lar)
+        threshold = jnp.full((), rise, jnp.float32)
+        signal = self.grokking.update(step, heard, level, threshold, self.grokking.noise)
+        return memorised_lar, signal
+
+
+def _unchanged(monitor: Monitor, heard: Array) -> Monitor:
+    return monitor  # a function of its own, so that calls outside jit find it compiled
+
+
+def _newest(window: Window) -> tuple[Array, ...]:
+    single, noise = window.noise
+    return window.enough, single, noise, *window.level(LEVEL, single)
+
+
+def _scalar(value: ArrayLike | None) -> Float[Array, ""]:
+    value = jnp.asarray(jnp.nan if value is None else value)
+    if value.ndim:
+        raise ValueError(
+            f"Monitor.update takes scalars; got shape {value.shape}. For several layers or runs "
+            "keep a stack of monitors and use jax.vmap."
+        )
+    return jax.lax.stop_gradient(value.astype(jnp.float32))

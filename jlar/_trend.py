@@ -1,0 +1,115 @@
+"""Level, slope and noise of a series over log2(step), from a window of its last points."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+WINDOW = 48  # points held
+RESOLUTION = 1 / 64  # doublings: points closer than this are pooled into one
+FEWEST = 6  # points of the smallest mean
+ENOUGH = 12  # points before anything is said
+
+
+class Window(eqx.Module):
+    """The last `WINDOW` points (log2 of the step, value), pooled to `RESOLUTION`, oldest first.
+
+    Time is counted in doublings because training is: a window of an eighth of a doubling is as
+    short as needed early and as long as affordable late, whatever a step is and however often it
+    is logged. Outliers are clipped where they are used, so a point alone moves nothing far.
+    """
+
+    doublings: Float[Array, "*runs window"]
+    values: Float[Array, "*runs window"]
+    filled: Int[Array, "*runs"]
+    pending: Float[Array, "*runs 3"]
+    """Sums over the points not yet in the window: of log2(step), of the values, and their count."""
+
+    @classmethod
+    def empty(cls, count: int) -> "Window":
+        """A stack of windows that have seen nothing."""
+        nothing = jnp.zeros((count, WINDOW), jnp.float32)
+        pending = jnp.zeros((count, 3), jnp.float32)
+        return cls(nothing, nothing, jnp.zeros(count, jnp.int32), pending)
+
+    def push(
+        self, doublings: Float[Array, ""], value: Float[Array, ""]
+    ) -> tuple["Window", Bool[Array, ""]]:
+        """The window with this point, and whether a pooled point has entered; nan never does."""
+        finite = jnp.isfinite(value) & jnp.isfinite(doublings)
+        point = jnp.stack([doublings, value, jnp.ones((), jnp.float32)])
+        pending = self.pending + jnp.where(finite, point, 0)
+        due = (self.filled == 0) | (doublings - self.doublings[-1] >= RESOLUTION)
+        enters = finite & due
+
+        def shifted(held: Array, total: Array) -> Array:
+            mean = total / jnp.maximum(pending[2], 1)
+            return jnp.where(enters, jnp.append(held[1:], mean), held)
+
+        pushed = Window(
+            shifted(self.doublings, pending[0]),
+            shifted(self.values, pending[1]),
+            jnp.minimum(self.filled + enters.astype(jnp.int32), WINDOW),
+            jnp.where(enters, 0, pending),
+        )
+        return pushed, enters
+
+    @property
+    def enough(self) -> Bool[Array, ""]:
+        """Whether there are points enough to say anything."""
+        return self.filled >= ENOUGH
+
+    def level(self, span: float, single: Float[Array, ""]) -> tuple[Array, Array]:
+        """Means of log2(step) and of the values over the last `span` doublings.
+
+        Values further than four times `single`, the standard deviation of a point, from the median
+        are clipped.
+        """
+        inside = self._newest(span)
+        middle = _median(self.values, inside)
+        clipped = jnp.clip(self.values, middle - 4 * single, middle + 4 * single)
+        return jnp.mean(self.doublings, where=inside), jnp.mean(clipped, where=inside)
+
+    def slope(self, span: float) -> Float[Array, ""]:
+        """Least-squares change per doubling over the last `span` doublings."""
+        inside = self._newest(span)
+        u = self.doublings - jnp.mean(self.doublings, where=inside)
+        y = self.values - jnp.mean(self.values, where=inside)
+        return jnp.sum(u * y, where=inside) / jnp.sum(u * u, where=inside)
+
+    @property
+    def noise(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Standard deviation of a point, and of the mean of many times the root of their number.
+
+        From what is left of a point after interpolation between its neighbours, which a trend
+        hardly touches, by the median absolute value, which outliers hardly touch. With noise of
+        autocorrelation rho from point to point its variance is (1 - rho)(3 - rho) / 3 of that with
+        neighbours four points away, which gives rho; the mean of many has (1 + rho) / (1 - rho)
+        times the variance it has without. Infinite before there are enough points.
+        """
+        near, far = self._residual_variance(1), self._residual_variance(4)
+        share = jnp.minimum(near / jnp.maximum(far, 1e-30), 1)
+        rho = jnp.clip(2 - jnp.sqrt(1 + 3 * share), 0, 0.9)
+        single = jnp.where(self.enough, jnp.maximum(near, far), jnp.inf)
+        return jnp.sqrt(single), jnp.sqrt(single * (1 + rho) / (1 - rho))
+
+    def _newest(self, span: float) -> Bool[Array, "window"]:
+        place = jnp.arange(WINDOW)
+        recent = self.doublings >= self.doublings[-1] - span
+        return (place >= WINDOW - self.filled) & (recent | (place >= WINDOW - FEWEST))
+
+    def _residual_variance(self, lag: int) -> Float[Array, ""]:
+        before, at, after = (slice(i, i + WINDOW - 2 * lag) for i in (0, lag, 2 * lag))
+        u, y = self.doublings, self.values
+        w = (u[after] - u[at]) / jnp.maximum(u[after] - u[before], RESOLUTION / 2)
+        r = jnp.abs(y[at] - w * y[before] - (1 - w) * y[after])
+        r = r / jnp.sqrt(1 + w * w + (1 - w) * (1 - w))
+        valid = jnp.arange(WINDOW - 2 * lag) >= WINDOW - self.filled
+        return jnp.square(1.4826 * _median(r, valid))
+
+
+def _median(values: Float[Array, "k"], where: Bool[Array, "k"]) -> Float[Array, ""]:
+    """The upper median, by counting: a few times faster than a sort of so few."""
+    values = jnp.where(where, values, jnp.inf)
+    no_more = jnp.sum(values[:, None] >= values, axis=1, dtype=jnp.int32)
+    half = jnp.sum(where, dtype=jnp.int32) // 2
+    return jnp.min(jnp.where(no_more > half, values, jnp.inf))
