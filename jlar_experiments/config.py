@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from .grokking.tasks import Task, task
+from .grokking.tasks import TASKS, Task, task
 
 Norm = Literal["post", "pre", "pre-no-final"]
 Model = Literal["transformer", "mlp"]
@@ -135,6 +135,21 @@ class GrokConfig:
     def steps_per_epoch(self) -> int:
         """Whole batches in the training set, one at least."""
         return max(1, self.train_pairs // self.batch_size)
+
+    @property
+    def program(self) -> "GrokConfig":
+        """What the compiled training depends on: runs for which it is equal can train together."""
+        alike = (each for each in TASKS if each.kind == self.operation.kind)
+        return dataclasses.replace(
+            self,
+            task=next(alike).name,
+            seed=0,
+            seeds=1,
+            epochs=self.log_every,
+            after_grok=0,
+            spectra_every=1,
+            shuffled_labels=False,
+        )
 
     @property
     def all_seeds(self) -> range:

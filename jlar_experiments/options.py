@@ -36,9 +36,10 @@ def add_settings(group: Any, settings: type, *, given_only: bool = False) -> Non
         kind, explanation = get_args(annotation)
         default = getattr(settings, name)
         shown = "" if default is None or given_only else f" [{_shown(default)}]"
+        words = (explanation + shown).replace("%", "%%")  # argparse fills in % itself
         default = argparse.SUPPRESS if given_only else default
         group.add_argument(
-            "--" + name.replace("_", "-"), default=default, help=explanation + shown, **_form(kind)
+            "--" + name.replace("_", "-"), default=default, help=words, **_form(kind)
         )
 
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from .grokking import paper as grokking
 from .pretraining import command as pretraining
 
-STUDIES = (pretraining,)  # modules with register_paper(studies)
+STUDIES = (grokking, pretraining)  # modules with register_paper(studies)
 
 
 def register(commands: Any) -> None:

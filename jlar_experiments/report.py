@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 # By "study" in config.json; modules with write(folder), which returns the table as text.
-STUDIES = {"grok": ".grokking.report", "pretrain": ".pretraining.report"}
+STUDIES = {
+    "grok": ".grokking.report",
+    "paper grokking": ".grokking.results",
+    "pretrain": ".pretraining.report",
+}
 
 
 def register(commands: Any) -> None:

@@ -40,12 +40,15 @@ class Timeline:
         """The epoch of the last log, -1 before the first."""
         return self.rows[-1]["epoch"] if self.rows else -1
 
+    def end(self, config: GrokConfig) -> int:
+        """The last epoch of this seed, as far as it is known."""
+        if self.grokked is None:
+            return config.epochs
+        return min(config.epochs, self.grokked + config.after_grok)
+
     def finished(self, config: GrokConfig) -> bool:
         """Whether this seed has trained as long as it should."""
-        end = config.epochs
-        if self.grokked is not None:
-            end = min(end, self.grokked + config.after_grok)
-        return self.epoch >= end
+        return self.epoch >= self.end(config)
 
     def at(self, point: str) -> Row | None:
         """The log at `memorised`, `grokked` or `final` (the last so far)."""
@@ -103,13 +106,18 @@ class Cell:
         return f"{np.mean(values):.{digits}f}{spread}"
 
 
+def figure3() -> list[dict[str, str]]:
+    """The points of the paper's figure 3."""
+    with (REFERENCE / "fig3_points.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def reference(config: GrokConfig) -> tuple[str, list[dict[str, str]]]:
     """The paper's points to compare with, and what they are.
 
     Set B, x + y with 5 to 30%, where the run is one of its configurations; else set A.
     """
-    with (REFERENCE / "fig3_points.csv").open(encoding="utf-8") as file:
-        points = list(csv.DictReader(file))
+    points = figure3()
     percent = f"{100 * config.train_fraction:g}%"
     same = [
         each
@@ -129,7 +137,18 @@ def paper_point(point: str, grokked: bool) -> str:
     return "final_grokked" if grokked else "final_not_grokked"
 
 
-HEADER: list[str] = "|epoch|LAR|k_pred|k95|n|paper LAR|paper k_pred|paper k95|paper n".split("|")
+HEADER: list[str] = [
+    "",
+    "epoch",
+    "LAR",
+    "k_pred",
+    "k95",
+    "n",
+    "paper LAR",
+    "paper k_pred",
+    "paper k95",
+    "paper n",
+]
 
 
 def summary(run: Run) -> tuple[str, list[list[str]]]:

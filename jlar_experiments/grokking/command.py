@@ -48,7 +48,7 @@ def grok(arguments: argparse.Namespace) -> int:
     """`jlar grok`: train, or continue, and report."""
     parser: Parser = arguments.parser
     config = settings(arguments, GrokConfig)
-    from . import study
+    from . import ensemble, study
 
     folder = arguments.out or Path("runs") / config.name
     try:
@@ -56,7 +56,7 @@ def grok(arguments: argparse.Namespace) -> int:
     except (study.Refused, OSError) as error:
         parser.error(str(error))
     try:
-        trained = study.run(config, folder, checkpoint_seconds=arguments.checkpoint_seconds)
+        trained = ensemble.run(config, folder, checkpoint_seconds=arguments.checkpoint_seconds)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command continues {folder}", file=sys.stderr)
         return 130

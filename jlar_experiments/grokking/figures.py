@@ -1,5 +1,6 @@
 """The figures of one run, in the form of the paper's figures 1, 2 and 3; from records only."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..config import GrokConfig
-from .analysis import POINTS, Run, paper_point, reference
+from ..records import Row
+from .analysis import POINTS, Run, Timeline, paper_point, reference
 
 LAR, ACCURACY = "#1f4e9c", "#d1762a"
 POINT_COLOURS = {"memorised": "#8a4fa3", "grokked": "#2c8a57", "final": "#333333"}
@@ -49,10 +51,14 @@ def draw(run: Run, folder: Path) -> dict[str, str]:
         drawings["spectra"] = (_spectra, SPECTRA_CAPTION)
     with matplotlib.rc_context(STYLE):
         for name, (drawing, _) in drawings.items():
-            figure = drawing(run)
-            figure.savefig(folder / f"{name}.png")
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            save(drawing(run), folder / name)
     return {name: caption for name, (_, caption) in drawings.items()}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """As PNG and as SVG, both the same for the same records."""
+    figure.savefig(path.with_name(path.name + ".png"))
+    figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})
 
 
 def title(config: GrokConfig) -> str:
@@ -65,8 +71,8 @@ def _over_epochs(run: Run) -> Figure:
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     left = figure.add_subplot()
     right = left.twinx()
-    _band(left, run, "lar", LAR)
-    _band(right, run, "val_acc", ACCURACY)
+    band(left, run.seeds.values(), "lar", LAR)
+    band(right, run.seeds.values(), "val_acc", ACCURACY)
     for point, side in (("memorised", "right"), ("grokked", "left")):
         if epochs := run.epochs(point):
             mean = float(np.mean(epochs))
@@ -89,11 +95,12 @@ def _over_epochs(run: Run) -> Figure:
     return figure
 
 
-def _band(axes: Axes, run: Run, name: str, colour: str) -> None:
+def band(axes: Axes, lines: Iterable[Timeline], name: str, colour: str) -> None:
     """Mean and standard deviation over seeds; each keeps its last value once it has finished."""
-    epochs = sorted({row["epoch"] for line in run.seeds.values() for row in line.rows})
+    lines = list(lines)
+    epochs = sorted({row["epoch"] for line in lines for row in line.rows})
     curves = []
-    for line in run.seeds.values():
+    for line in lines:
         own = [row["epoch"] for row in line.rows]
         values = [np.nan if row[name] is None else row[name] for row in line.rows]
         curves.append(np.interp(epochs, own, values))
@@ -111,19 +118,24 @@ def _spectra(run: Run) -> Figure:
     figure = Figure(figsize=(2.7 * len(rows) + 0.6, 3.1), layout="constrained")
     grid = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
     for axes, row in zip(grid, rows, strict=True):
-        p, q = np.array(row["p"]), np.array(row["q"])
-        index = np.arange(1, len(p) + 1)
-        shown = p > p.max() * 1e-7  # the null space has no place on a logarithmic axis
-        axes.semilogy(index, q, color=ACCURACY, linewidth=1.2, label="q, activations")
-        axes.semilogy(index[shown], p[shown], color=LAR, linewidth=1.6, label="p, weights")
-        log = run.seeds[first].at(row["point"])
-        corr = "" if log is None or log["corr"] is None else f"\ncorr(p, q) = {log['corr']:.3f}"
-        axes.set_title(f"{row['point']}, epoch {row['epoch']}{corr}")
-        axes.set_xlabel("direction i")
+        spectrum(axes, row, run.seeds[first])
     grid[0].set_ylabel("share of the energy")
     grid[0].set_ylim(bottom=1e-6)
     grid[-1].legend(loc="upper right")
     return figure
+
+
+def spectrum(axes: Axes, row: Row, line: Timeline) -> None:
+    """p and q of one point over the directions, with their correlation in the title."""
+    p, q = np.array(row["p"]), np.array(row["q"])
+    index = np.arange(1, len(p) + 1)
+    shown = p > p.max() * 1e-7  # the null space has no place on a logarithmic axis
+    axes.semilogy(index, q, color=ACCURACY, linewidth=1.2, label="q, activations")
+    axes.semilogy(index[shown], p[shown], color=LAR, linewidth=1.6, label="p, weights")
+    log = line.at(row["point"])
+    corr = "" if log is None or log["corr"] is None else f"\ncorr(p, q) = {log['corr']:.3f}"
+    axes.set_title(f"{row['point']}, epoch {row['epoch']}{corr}")
+    axes.set_xlabel("direction i")
 
 
 def _dimensions(run: Run) -> Figure:
@@ -142,7 +154,14 @@ def _dimensions(run: Run) -> Figure:
             markeredgecolor="white",
             label=f"{point} (n = {len(rows)})",
         )
-    width = run.config.width
+    square(axes, run.config.width)
+    axes.set_title(f"{title(run.config)}\npaper: {source}")
+    axes.legend(loc="lower right", fontsize=8)
+    return figure
+
+
+def square(axes: Axes, width: int) -> None:
+    """Logarithmic axes of k_pred and k95, with the line on which they are equal."""
     low = 1 if width < 32 else 5
     axes.plot([low, width], [low, width], color="grey", linewidth=0.8, zorder=0)
     axes.annotate("k95 = k_pred", (low * 1.15, low * 1.3), color="grey", fontsize=8, rotation=45)
@@ -152,9 +171,6 @@ def _dimensions(run: Run) -> Figure:
         axis.set_major_locator(ticker.FixedLocator(ticks))
         axis.set_minor_locator(ticker.NullLocator())
         axis.set_major_formatter(ticker.ScalarFormatter())
-    axes.set_title(f"{title(run.config)}\npaper: {source}")
-    axes.legend(loc="lower right", fontsize=8)
-    return figure
 
 
 def _paper(axes: Axes, points: list[dict[str, str]], grokked: bool) -> None:

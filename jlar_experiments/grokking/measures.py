@@ -30,12 +30,12 @@ class Harmonics(NamedTuple):
 class Comparators(NamedTuple):
     """Measures that need no validation data either."""
 
-    stable_rank: Float[Array, "*seeds"]
-    effective_rank: Float[Array, "*seeds"]
-    weight_norm: Float[Array, "*seeds"]
-    logits_pr: Float[Array, "*seeds"]
-    logits_rank99: Float[Array, "*seeds"]
-    fourier_k99: Float[Array, "*seeds"]
+    stable_rank: Float[Array, "*members"]
+    effective_rank: Float[Array, "*members"]
+    weight_norm: Float[Array, "*members"]
+    logits_pr: Float[Array, "*members"]
+    logits_rank99: Float[Array, "*members"]
+    fourier_k99: Float[Array, "*members"]
 
 
 def comparators(
@@ -91,10 +91,8 @@ def _frequencies(order: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _multiplicative(p: int) -> tuple[np.ndarray, np.ndarray]:
     """The same on the powers of a generator of the nonzero answers; zero is one more component."""
-    for generator in range(2, p + 1):
-        powers = [pow(generator, i, p) for i in range(p - 1)]
-        if len(set(powers)) == p - 1:
-            break
+    candidates = ([pow(each, i, p) for i in range(p - 1)] for each in range(2, p + 1))
+    powers = next(each for each in candidates if len(set(each)) == p - 1)
     waves, component = _frequencies(p - 1)
     zero = np.eye(p)[0] - 1 / p
     columns = np.zeros((p, p - 1))

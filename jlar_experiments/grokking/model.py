@@ -102,7 +102,7 @@ class Transformer(eqx.Module):
         self.final = Norm(n, layer=False) if config.norm == "pre" else None
 
     @property
-    def unembedding(self) -> Float[Array, "*seeds m n"]:
+    def unembedding(self) -> Float[Array, "*members m n"]:
         """The weights of which LAR is measured: the embedding, if they are tied."""
         return self.embedding if self.head is None else self.head
 

@@ -1,23 +1,24 @@
-"""One ensemble of grokking runs from its first epoch, or its last checkpoint, to its end."""
+"""The folder of a run of `jlar grok`: its settings, records, checkpoints, and where it stands."""
 
 import dataclasses
 import functools
 import json
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .. import records
 from ..checkpoint import Checkpoints
 from ..config import GrokConfig
-from ..progress import Progress, say
+from ..records import Row
 from . import analysis, train
 from .analysis import Timeline
+
+LENGTHS = ("epochs", "after_grok")  # may grow from one call to the next
 
 
 class Refused(Exception):
@@ -32,24 +33,53 @@ def prepare(config: GrokConfig, folder: Path, *, fresh: bool) -> None:
         if not leftover:
             raise Refused(f"{folder} exists and is not a run's folder; choose another with --out")
     if path.exists():
-        stored = _stored(path)
+        stored, earlier = _stored(path)
         if not fresh:
-            _check_same(stored, config, folder)
+            _check_same(earlier, config, folder)
+            if earlier != config:
+                _write_longer(path, stored, config)
             return
         for name in ("metrics.jsonl", "spectra.jsonl", "report.html"):
             (folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "figures"):
             shutil.rmtree(folder / name, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    described = {"study": "grok", "settings": dataclasses.asdict(config), **records.environment()}
+    _write(path, {"study": "grok", "settings": dataclasses.asdict(config), **records.environment()})
+
+
+def longest(config: GrokConfig, folder: Path) -> GrokConfig:
+    """These settings, but no shorter than the run in the folder, if there is one, already is."""
+    if not (folder / "config.json").exists():
+        return config
+    _, there = _stored(folder / "config.json")
+    lengths = {name: max(getattr(config, name), getattr(there, name)) for name in LENGTHS}
+    return dataclasses.replace(config, **lengths)
+
+
+def claimed(folder: Path) -> IO[str] | None:
+    """A file that keeps other processes from training this run while it is open; None: they do."""
+    file = (folder / "lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        pass
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+def _write(path: Path, described: Row) -> None:
     records.write_whole(path, json.dumps(described, indent=2) + "\n")
 
 
-def _stored(path: Path) -> GrokConfig:
+def _stored(path: Path) -> tuple[Row, GrokConfig]:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["study"] == "grok":
-            return GrokConfig(**stored["settings"])
+            return stored, GrokConfig(**stored["settings"])
     except (ValueError, KeyError, TypeError):
         pass
     raise Refused(f"{path} is not that of a run of `jlar grok`; choose another folder with --out")
@@ -57,136 +87,103 @@ def _stored(path: Path) -> GrokConfig:
 
 def _check_same(stored: GrokConfig, config: GrokConfig, folder: Path) -> None:
     there, here = dataclasses.asdict(stored), dataclasses.asdict(config)
-    different = [name for name in here if there[name] != here[name]]
+    different = [
+        name
+        for name in here
+        if there[name] != here[name] and not (name in LENGTHS and there[name] < here[name])
+    ]
     if different:
         listed = ", ".join(f"{name} {there[name]}, not {here[name]}" for name in different)
         raise Refused(f"{folder} holds a run with {listed}; choose --fresh or another --out")
 
 
-class Study:
-    """The run in a folder: its state, its records and where it stands."""
+def _write_longer(path: Path, stored: Row, config: GrokConfig) -> None:
+    """The settings of a run that goes on further than it was started for, and how it was before."""
+    shorter = {name: stored["settings"][name] for name in LENGTHS}
+    settings = dataclasses.asdict(config)
+    before = [*stored.get("continued_from", ()), shorter]
+    _write(path, {**stored, "settings": settings, "continued_from": before})
 
-    def __init__(self, config: GrokConfig, folder: Path, *, checkpoint_seconds: float):
+
+class Run:
+    """A run as its folder has it: settings, records, and the state of its seeds when last saved."""
+
+    def __init__(self, config: GrokConfig, folder: Path):
         self.config, self.folder = config, folder
         self.checkpoints = Checkpoints(folder / "checkpoints")
-        self.checkpoint_seconds = checkpoint_seconds
-        self.saved_at = time.monotonic()
-        self.data = train.data(config)
 
     def resume(self, warn: Callable[[str], None]) -> None:
         """Take up the newest checkpoint and forget the records after it; or start anew."""
-        like = jax.eval_shape(functools.partial(train.initial, self.config))
+        config = self.config
+        like = jax.eval_shape(functools.partial(train.initial, config))
         found = self.checkpoints.newest(like, warn)
-        self.epoch, self.state = found or (0, train.initial(self.config))
-        last = self.epoch if found else -1
-        records.keep(self.folder / "spectra.jsonl", lambda row: row["epoch"] <= last)
-        rows = records.keep(self.folder / "metrics.jsonl", lambda row: row["epoch"] <= last)
-        self.seeds = analysis.timelines(self.config, rows)
         self.started = found is not None
+        state = jax.device_get(found[1] if found else train.initial(config))
+        self.states = [train.member(state, i) for i in range(config.seeds)]
+        reached = dict(zip(config.all_seeds, state.epoch.tolist(), strict=True))
 
-    def live(self) -> list[int]:
-        """The indices of the seeds that still train."""
-        lines = self.seeds.values()
-        return [i for i, line in enumerate(lines) if not line.finished(self.config)]
+        def still_holds(row: Row) -> bool:
+            # A run that ended between two logs, and now goes on, would have no log there.
+            between = row["epoch"] % config.log_every and row["epoch"] < config.epochs
+            return self.started and row["epoch"] <= reached[row["seed"]] and not between
+
+        rows = records.keep(self.folder / "metrics.jsonl", still_holds)
+        self.seeds = analysis.timelines(config, rows)
+        ended = {seed for seed, line in self.seeds.items() if line.finished(config)}
+        records.keep(
+            self.folder / "spectra.jsonl",
+            lambda row: still_holds(row) and (row["point"] != "final" or row["seed"] in ended),
+        )
+
+    @property
+    def lines(self) -> list[Timeline]:
+        """The records of every seed, in order."""
+        return list(self.seeds.values())
+
+    def finished(self) -> bool:
+        """Whether every seed has trained as long as it should."""
+        return all(line.finished(self.config) for line in self.lines)
 
     def end(self) -> int:
-        """The last epoch, as far as it is known."""
-        ends = [
-            self.config.epochs
-            if line.grokked is None
-            else min(line.grokked + self.config.after_grok, self.config.epochs)
-            for line in self.seeds.values()
-        ]
-        return max(self.epoch, *ends)
+        """The last epoch of any seed, as far as it is known."""
+        return max(line.end(self.config) for line in self.lines)
 
-    def advance(self, live: list[int]) -> float:
-        """Train these seeds up to the next log; returns the seconds it took."""
-        start = time.perf_counter()
-        upto = min(self.epoch + self.config.log_every, self.config.epochs)
-        live_now = _indices(live)
-        self.state = train.advanced(self.config, self.state, self.data, live_now, self.epoch, upto)
-        jax.block_until_ready(self.state)
-        self.epoch = upto
-        return time.perf_counter() - start
+    def record(self, place: int, epoch: int, metrics: Row, p: Any, q: Any) -> Row:
+        """The next log of one seed, in memory; returns it."""
+        line = self.lines[place]
+        step = epoch * self.config.steps_per_epoch
+        row = {"epoch": epoch, "step": step, "seed": line.seed, **metrics}
+        line.add(row)
+        self._pending = [*self._pending, row]
+        self._points = [*self._points, *self._spectra(line, p, q)]
+        return row
 
-    def log(self, live: list[int], training_seconds: float) -> list[records.Row]:
-        """Evaluate these seeds and append to the records; the rows are on disk when it returns."""
-        start = time.perf_counter()
-        metrics, spectra = jax.device_get(train.evaluated(self.state, self.data, _indices(live)))
-        seconds = {
-            "training_seconds": round(training_seconds, 4),
-            "evaluation_seconds": round(time.perf_counter() - start, 4),
-        }
-        lines = list(self.seeds.values())
-        rows, points = [], []
-        for place, index in enumerate(live):
-            line = lines[index]
-            row = {
-                "epoch": self.epoch,
-                "step": self.epoch * self.config.steps_per_epoch,
-                "seed": line.seed,
-                **{name: records.number(a[place]) for name, a in metrics._asdict().items()},
-                **seconds,
-            }
-            line.add(row)
-            rows.append(row)
-            points += self._points(line, spectra.p[place], spectra.q[place])
-        records.append(self.folder / "spectra.jsonl", points)
-        records.append(self.folder / "metrics.jsonl", rows)
-        return rows
+    _pending: Sequence[Row] = ()
+    _points: Sequence[Row] = ()
 
-    def _points(self, line: Timeline, p: np.ndarray, q: np.ndarray) -> list[records.Row]:
-        reached = {
-            "memorised": line.memorised == self.epoch,
-            "grokked": line.grokked == self.epoch,
+    def _spectra(self, line: Timeline, p: Any, q: Any) -> list[Row]:
+        epoch = line.epoch
+        now = {
+            "memorised": line.memorised == epoch,
+            "grokked": line.grokked == epoch,
             "final": line.finished(self.config),
+            "between": epoch % self.config.spectra_every == 0,
         }
-        if not any(reached.values()):
-            reached["between"] = self.epoch % self.config.spectra_every == 0
         spectra = {name: [records.number(each) for each in a] for name, a in (("p", p), ("q", q))}
+        seed = line.seed
         return [
-            {"epoch": self.epoch, "seed": line.seed, "point": point, **spectra}
-            for point, now in reached.items()
-            if now
+            {"epoch": epoch, "seed": seed, "point": point, **spectra} for point in now if now[point]
         ]
+
+    def write(self) -> None:
+        """Append what was recorded to the files; on disk when it returns."""
+        for name, rows in (("spectra.jsonl", self._points), ("metrics.jsonl", self._pending)):
+            if rows:
+                records.append(self.folder / name, rows)
+        self._pending = self._points = ()
 
     def save(self) -> None:
-        """Save a checkpoint, unless the last one is recent and more is to come."""
-        now = time.monotonic()
-        if self.live() and self.started and now - self.saved_at < self.checkpoint_seconds:
-            return
-        self.checkpoints.save(self.epoch, self.state)
-        self.started, self.saved_at = True, now
-
-
-def run(config: GrokConfig, folder: Path, *, checkpoint_seconds: float = 15.0) -> bool:
-    """Train, or continue, the run in this folder; False if there was nothing left to do."""
-    study = Study(config, folder, checkpoint_seconds=checkpoint_seconds)
-    try:
-        return _train(study)
-    finally:
-        study.checkpoints.close()
-
-
-def _train(study: Study) -> bool:
-    study.resume(say)
-    if study.started and not study.live():
-        return False
-    progress = Progress(study.config.epochs, study.epoch)
-    try:
-        if study.started:
-            say(f"continuing from epoch {study.epoch}")
-        else:
-            study.log(study.live(), 0.0)
-            study.save()
-        while live := study.live():
-            rows = study.log(live, study.advance(live))
-            study.save()
-            progress.show(study.epoch, rows, study.end())
-        return True
-    finally:
-        progress.close()
-
-
-def _indices(live: list[int]) -> jax.Array:
-    return jnp.asarray(np.array(live, dtype=np.int32))
+        """Save a checkpoint of all seeds, in the background, under the sum of their epochs."""
+        together = jax.tree.map(lambda *arrays: np.stack(arrays), *self.states)
+        self.checkpoints.save(int(together.epoch.sum()), together)
+        self.started = True

@@ -35,6 +35,11 @@ class Task:
         name = self.name.replace("/", "-over-").replace("|", "-or-")
         return name.replace("^-1", "-inverse").replace("^", "").replace("S5:", "s5-")
 
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """Equal for tasks whose tables have the same shape."""
+        return self.permutations, self.nonzero_y
+
     def elements(self, p: int) -> int:
         """How many operands there are: p, or 120 for S5."""
         return S5_ORDER if self.permutations else p

@@ -1,5 +1,6 @@
 """Training and evaluation of an ensemble of grokking runs: pure, jitted over chunks of epochs."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,24 +17,25 @@ from ..config import GrokConfig
 from .measures import Harmonics, comparators, harmonics
 from .model import MODELS, Norm, OneHotMLP, Transformer
 
-Epoch = int | Int[Array, ""]
 Model = Transformer | OneHotMLP
+Trained = tuple[Model, optax.OptState]
 
 HELD = 0.95  # share of the variance for k95, and of p for q_in_top95
 
 
 class State(NamedTuple):
-    """The model and its optimiser; in an ensemble every array has a leading axis of seeds."""
+    """A model, its optimiser and its age; every array has a leading axis of members."""
 
     model: Model
     optimiser: optax.OptState
+    epoch: Int[Array, "*members"]
 
 
 class Data(NamedTuple):
     """The rows (x, y, answer) to train on and those to validate on, and the key of the batches."""
 
-    train: Int[Array, "*seeds train 3"]
-    validation: Int[Array, "*seeds validation 3"]
+    train: Int[Array, "*members train 3"]
+    validation: Int[Array, "*members validation 3"]
     order: PRNGKeyArray
     harmonics: Harmonics
 
@@ -41,23 +43,23 @@ class Data(NamedTuple):
 class Metrics(NamedTuple):
     """What is logged; LAR and what follows it are over the whole training set."""
 
-    train_loss: Float[Array, "*seeds"]
-    train_acc: Float[Array, "*seeds"]
-    val_loss: Float[Array, "*seeds"]
-    val_acc: Float[Array, "*seeds"]
-    lar: Float[Array, "*seeds"]
-    k_pred: Float[Array, "*seeds"]
-    k95: Float[Array, "*seeds"]
-    pr_p: Float[Array, "*seeds"]
-    pr_q: Float[Array, "*seeds"]
-    corr: Float[Array, "*seeds"]
-    q_in_top95: Float[Array, "*seeds"]
-    stable_rank: Float[Array, "*seeds"]
-    effective_rank: Float[Array, "*seeds"]
-    weight_norm: Float[Array, "*seeds"]
-    logits_pr: Float[Array, "*seeds"]
-    logits_rank99: Float[Array, "*seeds"]
-    fourier_k99: Float[Array, "*seeds"]
+    train_loss: Float[Array, "*members"]
+    train_acc: Float[Array, "*members"]
+    val_loss: Float[Array, "*members"]
+    val_acc: Float[Array, "*members"]
+    lar: Float[Array, "*members"]
+    k_pred: Float[Array, "*members"]
+    k95: Float[Array, "*members"]
+    pr_p: Float[Array, "*members"]
+    pr_q: Float[Array, "*members"]
+    corr: Float[Array, "*members"]
+    q_in_top95: Float[Array, "*members"]
+    stable_rank: Float[Array, "*members"]
+    effective_rank: Float[Array, "*members"]
+    weight_norm: Float[Array, "*members"]
+    logits_pr: Float[Array, "*members"]
+    logits_rank99: Float[Array, "*members"]
+    fourier_k99: Float[Array, "*members"]
 
 
 def _optimiser(config: GrokConfig) -> Any:  # optax types parameters as containers of arrays only
@@ -78,36 +80,47 @@ def _key(seed: Int[Array, ""], purpose: int) -> PRNGKeyArray:
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
 
-def _seeds(config: GrokConfig) -> Int[Array, " seeds"]:
+def _seeds(config: GrokConfig) -> Int[Array, " members"]:
     return jnp.asarray(np.array(config.all_seeds, dtype=np.int32))
 
 
-@partial(jax.jit, static_argnums=0)
 def initial(config: GrokConfig) -> State:
-    """Every seed's state before the first step."""
+    """The state of every seed of this run before the first step."""
+    return _initial(config.program, _seeds(config))
 
+
+@partial(jax.jit, static_argnums=0)
+def _initial(config: GrokConfig, seeds: Int[Array, " members"]) -> State:
     def one(seed: Int[Array, ""]) -> State:
         model = MODELS[config.model](config, _key(seed, 0))
-        return State(model, _optimiser(config).init(model))
+        return State(model, _optimiser(config).init(model), jnp.zeros((), jnp.int32))
 
-    return jax.vmap(one)(_seeds(config))
+    return jax.vmap(one)(seeds)
 
 
-@partial(jax.jit, static_argnums=0)
 def data(config: GrokConfig) -> Data:
     """Every seed's own random split of the task's pairs."""
     pairs = jnp.asarray(config.operation.pairs(config.p).astype(np.int32))
     waves = harmonics(config.operation, config.p)
+    return _split(config.train_pairs, config.shuffled_labels, pairs, waves, _seeds(config))
 
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _split(
+    trained: int,
+    shuffled: bool,
+    pairs: Int[Array, "pairs 3"],
+    waves: Harmonics,
+    seeds: Int[Array, " members"],
+) -> Data:
     def one(seed: Int[Array, ""]) -> Data:
         table = pairs
-        if config.shuffled_labels:
+        if shuffled:
             table = table.at[:, 2].set(jax.random.permutation(_key(seed, 3), table[:, 2]))
-        shuffled = jax.random.permutation(_key(seed, 1), table)
-        train, validation = jnp.split(shuffled, [config.train_pairs])
+        train, validation = jnp.split(jax.random.permutation(_key(seed, 1), table), [trained])
         return Data(train, validation, _key(seed, 2), waves)
 
-    return jax.vmap(one)(_seeds(config))
+    return jax.vmap(one)(seeds)
 
 
 def _loss(model: Model, rows: Int[Array, "b 3"]) -> Float[Array, ""]:
@@ -115,49 +128,78 @@ def _loss(model: Model, rows: Int[Array, "b 3"]) -> Float[Array, ""]:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 2]))
 
 
-def _epochs(config: GrokConfig, state: State, data: Data, first: Epoch, last: Epoch) -> State:
-    """Train one seed from epoch `first` to `last`, each in an order of its own."""
+def _epochs(config: GrokConfig, state: State, data: Data, last: Int[Array, ""]) -> State:
+    """Train one member up to epoch `last`, each epoch in an order of its own."""
     optimiser, steps = _optimiser(config), config.steps_per_epoch
     batch = min(config.batch_size, config.train_pairs)
 
-    def step(state: State, rows: Int[Array, "b 3"]) -> tuple[State, None]:
-        gradient = jax.grad(_loss)(state.model, rows)
+    def step(trained: Trained, rows: Int[Array, "b 3"]) -> tuple[Trained, None]:
+        model, moments = trained
+        gradient = jax.grad(_loss)(model, rows)
         with jax.numpy_dtype_promotion("standard"):  # optax takes a float to the power of an int32
-            updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.model)
-        return State(eqx.apply_updates(state.model, updates), optimiser_state), None
+            updates, moments = optimiser.update(gradient, moments, model)
+        return (eqx.apply_updates(model, updates), moments), None
 
-    def epoch(number: Int[Array, ""], state: State) -> State:
+    def epoch(number: Int[Array, ""], trained: Trained) -> Trained:
         rows = jax.random.permutation(jax.random.fold_in(data.order, number), data.train)
-        return jax.lax.scan(step, state, rows[: steps * batch].reshape(steps, batch, 3))[0]
+        return jax.lax.scan(step, trained, rows[: steps * batch].reshape(steps, batch, 3))[0]
 
-    return jax.lax.fori_loop(first, last, epoch, state)
+    start = (state.model, state.optimiser)
+    model, optimiser_state = jax.lax.fori_loop(state.epoch, last, epoch, start)
+    return State(model, optimiser_state, jnp.maximum(state.epoch, last))
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=1)
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def advanced(
     config: GrokConfig,
+    mesh: jax.sharding.Mesh,
     state: State,
     data: Data,
-    live: Int[Array, " live"],
-    first: Epoch,
-    last: Epoch,
+    last: Int[Array, " members"],
 ) -> State:
-    """The ensemble, trained from epoch `first` to `last`; only the live seeds, by index, move."""
-    chosen, pairs = jax.tree.map(lambda a: a[live], (state, data))
-    if len(live) == 1:  # without vmap: on CPUs products with an axis of one in front are slower
-        one, own = jax.tree.map(lambda a: a[0], (chosen, pairs))
-        moved = jax.tree.map(lambda a: a[None], _epochs(config, one, own, first, last))
-    else:
-        together = jax.vmap(partial(_epochs, config), in_axes=(0, 0, None, None))
-        moved = together(chosen, pairs, first, last)
-    return jax.tree.map(lambda all, some: all.at[live].set(some), state, moved)
+    """Every member, trained up to its epoch `last`; one that is there already stays as it is.
+
+    Args:
+        config: the `program` of all members.
+        mesh: devices along its axis "run", over which the members are spread evenly.
+    """
+    return _each(partial(_epochs, config), mesh, len(last))(state, data, last)
 
 
-@jax.jit
-def evaluated(state: State, data: Data, live: Int[Array, " live"]) -> tuple[Metrics, jlar.Spectra]:
-    """Losses, accuracies, LAR and the spectra of the live seeds."""
-    chosen = jax.tree.map(lambda a: a[live], (state.model, data))
-    return jax.vmap(_evaluation)(*chosen)
+def member(ensemble: Any, place: int) -> Any:
+    """The arrays of one member of a pytree of an ensemble's arrays."""
+    return jax.tree.map(lambda a: a[place], ensemble)
+
+
+def _in_turn(mesh: jax.sharding.Mesh) -> bool:
+    """On CPUs products with several weights are slower than one product after the other."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+@partial(jax.jit, static_argnums=0)
+def evaluated(mesh: jax.sharding.Mesh, state: State, data: Data) -> tuple[Metrics, jlar.Spectra]:
+    """Losses, accuracies, LAR and the spectra of every member."""
+    if mesh.size == 1:
+        return _each(_evaluation, mesh, len(state.epoch))(state.model, data)
+    # Spread by the compiler: jlar's Grams refuse to be inside of shard_map with their auto_axes.
+    return jax.vmap(_evaluation)(state.model, data)
+
+
+def _each(function: Callable[..., Any], mesh: jax.sharding.Mesh, members: int) -> Any:
+    """The function over the members of each device: together, on CPUs one after the other."""
+
+    def one(*inputs: Any) -> Any:
+        return jax.tree.map(lambda a: a[None], function(*member(inputs, 0)))
+
+    def in_turn(*inputs: Any) -> Any:
+        return jax.lax.map(lambda each: function(*each), inputs)
+
+    together = in_turn if _in_turn(mesh) else jax.vmap(function)
+    local = one if members == mesh.size else together
+    if mesh.size == 1:
+        return local
+    spec = jax.sharding.PartitionSpec("run")
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
 
 
 def _evaluation(model: Model, data: Data) -> tuple[Metrics, jlar.Spectra]:

@@ -1,5 +1,6 @@
 """A run that is killed, at any moment and often, ends with the numbers of one that was not."""
 
+import dataclasses
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import pytest
 
 from jlar_experiments.checkpoint import Checkpoints
 from jlar_experiments.config import GrokConfig
-from jlar_experiments.grokking import study, train
+from jlar_experiments.grokking import ensemble, study, train
 
 TINY = {"p": 7, "width": 8, "heads": 2, "layers": 1, "batch_size": 8, "seeds": 2, "lr": 0.01}
 CONFIG = GrokConfig(**TINY, epochs=70, log_every=10, after_grok=20)
@@ -44,7 +45,7 @@ def assert_same(one: Path, two: Path):
 
 def start(folder: Path, **options):
     study.prepare(CONFIG, folder, fresh=False)
-    return study.run(CONFIG, folder, **options)
+    return ensemble.run(CONFIG, folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +55,40 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
+def test_continued_with_larger_settings(uninterrupted, tmp_path):
+    """Ended between two logs, then twice as long: as if it had been so from the beginning."""
+    folder = tmp_path / "run"
+    for epochs, after_grok in ((25, 0), (70, 20)):
+        config = dataclasses.replace(CONFIG, epochs=epochs, after_grok=after_grok)
+        study.prepare(config, folder, fresh=False)
+        assert ensemble.run(config, folder)
+    assert_same(uninterrupted, folder)
+    stored = json.loads((folder / "config.json").read_text())
+    assert stored["continued_from"] == [{"epochs": 25, "after_grok": 0}]
+    with pytest.raises(study.Refused, match="epochs 70, not 25"):
+        study.prepare(dataclasses.replace(CONFIG, epochs=25), folder, fresh=False)
+
+
 class Stop(Exception):
     """In place of a kill, where the moment matters."""
 
 
-@pytest.mark.parametrize("place", ["log", "save", "advance"])
+@pytest.mark.parametrize("place", ["_log", "_save", "_advance"])
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 def test_stopped_between_any_two_steps(uninterrupted, tmp_path, monkeypatch, place, seconds):
-    original, calls = getattr(study.Study, place), []
+    original, calls = getattr(ensemble.Ensemble, place), []
 
-    def stop(self, *arguments):
+    def stop(self, *arguments, **options):
         calls.append(1)
         if len(calls) % 3 == 0:
             raise Stop
-        return original(self, *arguments)
+        return original(self, *arguments, **options)
 
-    monkeypatch.setattr(study.Study, place, stop)
+    monkeypatch.setattr(ensemble.Ensemble, place, stop)
     for _ in range(2):
         with pytest.raises(Stop):
             start(tmp_path / "run", checkpoint_seconds=seconds)
-    monkeypatch.setattr(study.Study, place, original)
+    monkeypatch.setattr(ensemble.Ensemble, place, original)
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 30, "torn')
     assert start(tmp_path / "run")

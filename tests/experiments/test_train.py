@@ -15,8 +15,19 @@ SMALL = {"p": 11, "width": 16, "heads": 2, "layers": 1, "batch_size": 25, "epoch
 TOGETHER, ALONE = GrokConfig(**SMALL, seeds=3), GrokConfig(**SMALL, seed=2)
 
 
-def indices(*live):
-    return jnp.array(live, jnp.int32)
+def advanced(config, state, data, *last, devices=1):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("run",))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("run"))
+    state, data = jax.device_put((state, data), spread)
+    return train.advanced(config.program, mesh, state, data, jnp.array(last, jnp.int32))
+
+
+evaluation = jax.jit(train._evaluation)
+
+
+def evaluated(state, data, place):
+    """One member's metrics."""
+    return evaluation(*train.member((state.model, data), place))[0]
 
 
 @functools.cache
@@ -26,10 +37,10 @@ def data(config):
 
 @pytest.fixture(scope="module")
 def trained():
-    """Seeds 0 and 2 of the ensemble after 20 epochs, and the whole ensemble before."""
+    """The ensemble before, and with seeds 0 and 2 trained for 20 epochs."""
     start = train.initial(TOGETHER)
     before = jax.tree.map(jnp.copy, start)
-    return before, train.advanced(TOGETHER, start, data(TOGETHER), indices(0, 2), 0, 20)
+    return before, advanced(TOGETHER, start, data(TOGETHER), 20, 0, 20)
 
 
 def test_split():
@@ -67,7 +78,8 @@ def test_one_epoch_is_adamw_with_warm_up():
             a - lr * (m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.98**step)) + 1e-8) + 1.0 * a)
             for a, m, v in zip(leaves, first, second, strict=True)
         ]
-    after = train.advanced(ALONE, state, pairs, indices(0), 7, 8)
+    after = advanced(ALONE, state._replace(epoch=jnp.array([7], jnp.int32)), pairs, 8)
+    assert after.epoch[0] == 8
     for ours, expected in zip(jax.tree.leaves(after.model), leaves, strict=True):
         np.testing.assert_allclose(ours[0], expected, atol=2e-6)
 
@@ -75,28 +87,45 @@ def test_one_epoch_is_adamw_with_warm_up():
 def test_a_seed_in_an_ensemble_is_the_seed_alone(trained):
     pairs, own = data(TOGETHER), data(ALONE)
     np.testing.assert_array_equal(pairs.train[2], own.train[0])
-    one = train.advanced(ALONE, train.initial(ALONE), own, indices(0), 0, 20)
-    ours, _ = train.evaluated(trained[1], pairs, indices(2))
-    theirs, _ = train.evaluated(one, own, indices(0))
-    for name, value in ours._asdict().items():
-        np.testing.assert_allclose(value, getattr(theirs, name), rtol=1e-3, err_msg=name)
+    one = advanced(ALONE, train.initial(ALONE), own, 20)
+    for name, value in evaluated(trained[1], pairs, 2)._asdict().items():
+        alone = getattr(evaluated(one, own, 0), name)
+        np.testing.assert_allclose(value, alone, rtol=1e-3, err_msg=name)
 
 
-def test_only_live_seeds_move_and_chunks_do_not_matter(trained):
+def test_only_asked_members_move_and_chunks_do_not_matter(trained):
     before, whole = trained
     halves = train.initial(TOGETHER)
-    for first in (0, 10):
-        halves = train.advanced(TOGETHER, halves, data(TOGETHER), indices(0, 2), first, first + 10)
+    for last in (10, 20):
+        halves = advanced(TOGETHER, halves, data(TOGETHER), last, 0, last)
     leaves = map(jax.tree.leaves, (before.model, whole.model, halves.model))
     for old, new, again in zip(*leaves, strict=True):
         np.testing.assert_array_equal(old[1], new[1])
         np.testing.assert_array_equal(new, again)
     assert np.any(before.model.unembedding[2] != whole.model.unembedding[2])
+    assert list(whole.epoch) == list(halves.epoch) == [20, 0, 20]
+
+
+@pytest.mark.parametrize(("devices", "in_turn"), [(4, False), (8, True)])
+def test_spread_over_devices(trained, devices, in_turn, monkeypatch):
+    """Eight members, vmapped two by two as on accelerators, or one on each device."""
+    monkeypatch.setattr(train, "_in_turn", lambda mesh: in_turn)
+    eight = np.array([0, 1, 2, 0, 1, 2, 0, 1])
+    state, pairs = jax.tree.map(lambda a: a[eight], (trained[0], data(TOGETHER)))
+    start = jax.tree.map(np.array, state)
+    after = advanced(TOGETHER, state, pairs, 20, 0, 20, 20, 0, 0, 20, 0, devices=devices)
+    assert list(after.epoch) == [20, 0, 20, 20, 0, 0, 20, 0]
+    alone, ours = (evaluated(jax.device_get(each), pairs, 2) for each in (trained[1], after))
+    for name, value in ours._asdict().items():
+        np.testing.assert_allclose(value, getattr(alone, name), rtol=1e-3, err_msg=name)
+    for old, new in zip(*map(jax.tree.leaves, (start.model, after.model)), strict=True):
+        np.testing.assert_array_equal(old[5], new[5])
 
 
 def test_evaluation_against_numpy(trained):
     pairs = data(TOGETHER)
-    metrics, spectra = train.evaluated(trained[1], pairs, indices(2))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("run",))
+    metrics, spectra = train.evaluated(mesh, trained[1], pairs)
     model = jax.tree.map(lambda a: a[2], trained[1].model)
     W = np.asarray(model.unembedding, np.float64)
     expected = {}
@@ -116,6 +145,6 @@ def test_evaluation_against_numpy(trained):
         "q_in_top95": q[: int(np.searchsorted(np.cumsum(p), 0.95)) + 1].sum(),
     }
     for name, value in expected.items():
-        np.testing.assert_allclose(getattr(metrics, name)[0], value, rtol=2e-4, err_msg=name)
-    np.testing.assert_allclose(spectra.p[0], p, atol=1e-5)
+        np.testing.assert_allclose(getattr(metrics, name)[2], value, rtol=2e-4, err_msg=name)
+    np.testing.assert_allclose(spectra.p[2], p, atol=1e-5)
     assert expected["train_loss"] != expected["val_loss"]

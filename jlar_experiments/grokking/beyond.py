@@ -1,0 +1,185 @@
+"""Past the paper, as tables from records alone: which k, dating, comparators, where it holds."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from ..config import GrokConfig
+from .analysis import Run, Timeline
+from .dating import Rule, chosen, crossing, score, series
+from .plates import label, lines
+
+Table = list[list[str]]
+CANDIDATES = ("k95", "logits_rank99", "fourier_k99", "logits_pr")
+WEIGHTS = ("stable_rank", "effective_rank", "pr_p", "weight_norm", "alpha")
+MEASURES = ("k_pred", "pr_q", "k95", "logits_pr", "logits_rank99", *WEIGHTS)
+
+
+def tables(runs: Sequence[Run]) -> dict[str, tuple[str, str, Table]]:
+    """Name -> title, caption and rows; a table without records has its header only."""
+    dated = [run for run in runs if run.config.seed >= 3 and run.config.spectra_every <= 20]
+    first, second = halves(dated)
+    where = [run for run in runs if run.config.log_every == 5 and run not in dated]
+    rules = tuple(chosen(first, "k_pred", kind, falls=True) for kind in ("ratio", "slope"))
+    mlp = [run for run in runs if run.config.model == "mlp"]
+    return {
+        "which_k": ("Which definition of the effective dimension k predicts", WHICH, which_k(runs)),
+        "dating": ("Dating without validation data", DATING, dating(dated, rules)),
+        "comparators": ("Comparators, by the same rule", COMPARED, comparators(first, second)),
+        "where": ("Where it holds: x+y mod 97, 50%", WHERE, where_it_holds(where, rules)),
+        "mlp": ("The one-hot MLP, without a bottleneck", MLP, where_it_holds(mlp, rules)),
+    }
+
+
+WHICH = (
+    "At the final point of every run that grokked: geometric mean of candidate / k (standard "
+    "deviation of its logarithm). fourier_k99: the irreducible components of functions of the "
+    "answer, for integers 2 per frequency, that hold 99% of the logits' power."
+)
+DATING = (
+    "Thresholds chosen on the first half of the runs alone. Epochs of 50% and 95% validation "
+    "accuracy are interpolated; the alarm counts from memorisation (training accuracy above 99%)."
+)
+COMPARED = (
+    "Rule and threshold of each measure are chosen on the first half in the same way and judged on "
+    "the second. lag: alarm minus the epoch of 95% validation accuracy."
+)
+WHERE = (
+    "Norm, embedding scale at initialisation, tied weights, decay of the norms' gains. alarm: by "
+    "the rules of the dating table, ratio and slope."
+)
+MLP = "Width 512, x+y mod 97, 50%."
+
+
+def halves(runs: Iterable[Run]) -> tuple[list[Timeline], list[Timeline]]:
+    """Runs to choose thresholds on, and runs to judge them on."""
+    first, second = [], []
+    for run in runs:
+        config = run.config
+        half = config.train_fraction == 0.5 and not config.shuffled_labels
+        (first if half and config.task in ("x+y", "x/y") else second).extend(lines([run]))
+    return first, second
+
+
+def which_k(runs: Sequence[Run]) -> Table:
+    """Candidate over k, and over k times the share of q in W's top-95% space."""
+    table = [["candidate", "default set-up: / k", "/ (k x share)", "n", "other: / k", "n"]]
+    own = [run for run in runs if run.config.model == "transformer"]
+    plain = [run for run in own if _is_default(run.config)]
+    others = [run for run in own if not _is_default(run.config)]
+    for name in CANDIDATES:
+        one, two = _ratios(plain, name, False), _ratios(plain, name, True)
+        more = _ratios(others, name, False)
+        cells = [_geometric(one), _geometric(two), str(len(one)), _geometric(more), str(len(more))]
+        table.append([name, *cells])
+    return table if any(row[3] != "0" for row in table[1:]) else table[:1]
+
+
+def _is_default(config: GrokConfig) -> bool:
+    changed = ("norm", "embedding_scale", "tied", "decay_gains", "weight_decay")
+    return all(getattr(config, name) == getattr(GrokConfig, name) for name in changed)
+
+
+def _ratios(runs: Iterable[Run], name: str, share: bool) -> list[float]:
+    found = []
+    for run in runs:
+        for line in run.seeds.values():
+            row = line.at("final")
+            if line.grokked is not None and row and row.get(name) and line.finished(run.config):
+                found.append(row[name] / row["k_pred"] / (row["q_in_top95"] if share else 1))
+    return found
+
+
+def _geometric(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return "-"
+    logs = np.log(ratios)
+    return f"{math.exp(logs.mean()):.2f} ({logs.std():.2f})"
+
+
+def dating(runs: Sequence[Run], rules: Sequence[Rule]) -> Table:
+    """One line per run: when it generalised, and when each rule said so."""
+    table = [["half", "run", "memorised", "50%", "95%", *(f"k {rule.text}" for rule in rules)]]
+    for name, half in zip(("first", "second"), halves(runs), strict=True):
+        for run in runs:
+            for line in (each for each in run.seeds.values() if each in half):
+                dates = [crossing(line, 0.5), crossing(line, 0.95)]
+                memorised = next((r["epoch"] for r in line.rows if r["train_acc"] > 0.99), None)
+                alarms = [rule.alarm(line) for rule in rules]
+                cells = [_epoch(each) for each in (memorised, *dates, *alarms)]
+                table.append([name, label(run.config), *cells])
+    return table
+
+
+def _epoch(epoch: float | None) -> str:
+    return "-" if epoch is None else f"{epoch:.0f}"
+
+
+def comparators(first: Sequence[Timeline], second: Sequence[Timeline]) -> Table:
+    """One line per measure: its rule, and how it did on the runs it was not chosen on."""
+    header: list[str] = [
+        "measure",
+        "rule",
+        "first half: misses, false alarms",
+        "second half: within 25%",
+        "misses",
+    ]
+    table = [[*header, "false alarms", "median lag"]]
+    for name in MEASURES:
+        if not any(np.isfinite(series(line, name)[1]).any() for line in first):
+            continue
+        rule = chosen(first, name, "ratio")
+        was, now = score(rule, first), score(rule, second)
+        lags = [
+            alarm - truth
+            for line in second
+            if (alarm := rule.alarm(line)) and (truth := crossing(line, 0.95))
+        ]
+        table.append(
+            [
+                name,
+                rule.text,
+                f"{was.misses} of {was.grokking}, {was.false_alarms} of {was.controls}",
+                f"{now.near} of {now.grokking}",
+                f"{now.misses} of {now.grokking}",
+                f"{now.false_alarms} of {now.controls}",
+                f"{np.median(lags):+.0f} epochs" if lags else "-",
+            ]
+        )
+    return table
+
+
+def where_it_holds(runs: Sequence[Run], rules: Sequence[Rule]) -> Table:
+    """One line per seed: LAR, k, k95, and the spreads of p and q from memorised to final."""
+    columns: list[str] = [
+        "run",
+        "95% at",
+        "LAR memorised, final",
+        "k",
+        "k95",
+        "k/k95",
+        "spread of p",
+        "spread of q",
+        "val acc",
+        "alarm",
+    ]
+    table = [columns]
+    for run in runs:
+        for line in run.seeds.values():
+            known = next((row for row in line.rows if row["train_acc"] > 0.99), None)
+            last = line.rows[-1]
+            cells = [label(run.config).partition("%, ")[2] or "default"]
+            cells.append(_epoch(crossing(line, 0.95)))
+            for name, digits in (("lar", 3), ("k_pred", 0), ("k95", 0)):
+                cells.append(" ".join(_value(row, name, digits) for row in (known, last)))
+            cells.append(f"{last['k_pred'] / last['k95']:.2f}")
+            for name in ("pr_p", "pr_q"):
+                cells.append(" ".join(_value(row, name, 0) for row in (known, last)))
+            cells.append(_value(last, "val_acc", 2))
+            table.append([*cells, " ".join(_epoch(rule.alarm(line)) for rule in rules)])
+    return table
+
+
+def _value(row: dict | None, name: str, digits: int) -> str:
+    return "-" if row is None or row[name] is None else f"{row[name]:.{digits}f}"

@@ -1,0 +1,120 @@
+"""The command `jlar paper grokking`: the runs of section 4, those that are left to do, and more."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import records, report
+from ..config import GrokConfig
+from ..options import Parser, add_settings, duration, settings
+from .plan import SETS, PaperConfig, folder_name
+
+STUDY = "paper grokking"
+Planned = tuple[GrokConfig, Path]
+
+
+def register_paper(studies: Any) -> None:
+    """Add `grokking` to the studies."""
+    sets = "\n".join(f"  {name:7}{what}" for name, what in SETS.items())
+    parser = studies.add_parser(
+        "grokking",
+        help="section 4: table 1, figures 1, 2, 3, 9 and 21-25, and past the paper",
+        description=f"""\
+Train the runs of the paper's section 4, or go on where an earlier call was
+interrupted, and report on all that is in the folder: calls with other options,
+and folders of runs copied from other machines, add up. Sets of runs:
+
+{sets}""",
+    )
+    parser.set_defaults(command=grokking, parser=parser)
+    add_settings(parser.add_argument_group("what is trained"), PaperConfig)
+    folder = parser.add_argument_group("where it goes, and when")
+    folder.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/paper-grokking"),
+        metavar="FOLDER",
+        help="folder of the runs [runs/paper-grokking]",
+    )
+    folder.add_argument(
+        "--minutes",
+        type=duration,
+        default=math.inf,
+        metavar="X",
+        help="stop at the next log after so many minutes; the same command goes on",
+    )
+    folder.add_argument(
+        "--checkpoint-seconds",
+        type=duration,
+        default=60.0,
+        metavar="SECONDS",
+        help="time between checkpoints; changes no number [60.0]",
+    )
+
+
+def grokking(arguments: argparse.Namespace) -> int:
+    """Train what is left to do, and report."""
+    paper = settings(arguments, PaperConfig)
+    until = time.monotonic() + 60 * arguments.minutes
+    from . import study
+
+    parser: Parser = arguments.parser
+    try:
+        planned = list(_prepared(paper, arguments.out))
+    except (study.Refused, OSError) as error:
+        parser.error(str(error))
+    try:
+        _train(planned, until, arguments.checkpoint_seconds)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command continues {arguments.out}", file=sys.stderr)
+        return 130
+    print(report.write(arguments.out))
+    return 0
+
+
+def _prepared(paper: PaperConfig, out: Path) -> Iterator[Planned]:
+    """Every run with its folder, ready; one that is there and longer stays as long."""
+    from . import study
+
+    if out.exists() and any(out.iterdir()) and report.study(out) != STUDY:
+        raise study.Refused(f"{out} is not a folder of this study; choose another with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    described = {"study": STUDY, **records.environment()}
+    records.write_whole(out / "config.json", json.dumps(described, indent=2) + "\n")
+    for config in paper.runs():
+        folder = out / folder_name(config)
+        longest = study.longest(config, folder)
+        study.prepare(longest, folder, fresh=False)
+        yield longest, folder
+
+
+def _train(planned: Sequence[Planned], until: float, checkpoint_seconds: float) -> None:
+    from ..progress import say
+    from . import ensemble
+
+    groups = list(_groups(planned))
+    for number, group in enumerate(groups, start=1):
+        if time.monotonic() >= until:
+            say("the time is up; the same command goes on")
+            return
+        names = ", ".join(folder.name for _, folder in group)
+        say(f"{number} of {len(groups)}: {names}")
+        ensemble.together(group, checkpoint_seconds=checkpoint_seconds, until=until)
+
+
+def _groups(planned: Sequence[Planned]) -> Iterator[list[Planned]]:
+    """Runs that train together; on a single CPU each alone: it costs the same and ends sooner."""
+    import jax
+
+    if jax.default_backend() == "cpu" and jax.device_count() == 1:
+        yield from ([each] for each in planned)
+        return
+    by_program: dict[GrokConfig, list[Planned]] = {}
+    for config, folder in planned:
+        by_program.setdefault(config.program, []).append((config, folder))
+    yield from by_program.values()

@@ -1,0 +1,172 @@
+"""The page and tables of `jlar paper grokking`, from the records of its runs alone."""
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .. import page
+from ..config import GrokConfig
+from ..records import write_whole
+from . import analysis, beyond, plates
+from .analysis import REFERENCE, Run, Timeline
+
+RESAMPLES = 10_000
+FRACTIONS = (0.05, 0.1, 0.2, 0.3)  # of set B
+COLUMNS = ("memorised", "grokked", "final_grokked", "final_not_grokked")
+NAMES = ("memorised", "grokked", "final (grokked)", "final (no grok)")
+
+Table = list[list[str]]
+Pair = tuple[float, float]  # k_pred, k95
+
+
+def write(folder: Path) -> str:
+    """Draw the figures and report.html of the runs in this folder; returns table 1 as text."""
+    runs = read(folder)
+    (folder / "figures").mkdir(exist_ok=True)
+    table, note = table1(runs), _note(runs)
+    blocks = [page.heading("Table 1: RMSE between k_pred and k95"), page.table(table)]
+    blocks += [page.note(note), page.heading("The runs"), page.table(runs_table(runs))]
+    _write_csv(folder / "table1.csv", table)
+    _write_csv(folder / "runs.csv", runs_table(runs))
+    figures = plates.draw(runs, folder / "figures")
+    blocks += [page.figure(*each) for each in figures.items()]
+    for name, (title, caption, rows) in beyond.tables(runs).items():
+        if len(rows) > 1:
+            blocks += [page.heading(title), page.table(rows), page.note(caption)]
+            _write_csv(folder / f"{name}.csv", rows)
+    path = page.write(folder, "jlar paper grokking", blocks)
+    return f"{page.text(table)}\n{note}\nWritten to {folder}; open {path}"
+
+
+def read(folder: Path) -> list[Run]:
+    """Every run in the folder that has a log."""
+    found = []
+    for each in sorted(folder.iterdir()):
+        if (each / "metrics.jsonl").exists() and (each / "config.json").exists():
+            run = analysis.read(each)
+            found += [run] if any(line.rows for line in run.seeds.values()) else []
+    return found
+
+
+def of_set(runs: Iterable[Run], name: str) -> list[Run]:
+    """The runs of the paper's set A or B: all settings but seed and lengths are the defaults."""
+    free = ("seed", "seeds", "epochs", "after_grok", "task", "train_fraction", "spectra_every")
+    chosen = []
+    for run in runs:
+        config = run.config
+        same = dataclasses.replace(GrokConfig(), **{each: getattr(config, each) for each in free})
+        in_a = config.train_fraction == 0.5
+        in_b = config.task == "x+y" and config.train_fraction in FRACTIONS
+        if same == config and (in_a if name == "A" else in_b):
+            chosen.append(run)
+    return chosen
+
+
+def pairs(runs: Iterable[Run], column: str) -> list[Pair]:
+    """k_pred and k95 of every seed that has this column's point."""
+    found = []
+    for run in runs:
+        for line in run.seeds.values():
+            point, _, kind = column.partition("_")
+            wanted = not kind or (kind == "grokked") == (line.grokked is not None)
+            row = line.at(point) if wanted and _counts(run, line, point) else None
+            if row and row["k_pred"] is not None and row["k95"] is not None:
+                found.append((row["k_pred"], row["k95"]))
+    return found
+
+
+def _counts(run: Run, line: Timeline, point: str) -> bool:
+    return point != "final" or line.finished(run.config)
+
+
+def rmse(found: Sequence[Pair]) -> float:
+    """Root of the mean square of k_pred - k95; nan for none."""
+    errors = np.subtract(*np.transpose(found)) if found else np.array([np.nan])
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def half_interval(found: Sequence[Pair], *, seed: int = 0) -> float:
+    """Half of the 95% percentile bootstrap interval of the RMSE over runs; nan for fewer than 2."""
+    if len(found) < 2:
+        return float("nan")
+    squares = np.square(np.subtract(*np.transpose(found)))
+    drawn = np.random.default_rng(seed).integers(len(squares), size=(RESAMPLES, len(squares)))
+    low, high = np.percentile(np.sqrt(np.mean(squares[drawn], axis=1)), [2.5, 97.5])
+    return float(high - low) / 2
+
+
+def table1(runs: Sequence[Run]) -> Table:
+    """Ours and the paper's, with n."""
+    with (REFERENCE / "table1_rmse.csv").open(encoding="utf-8") as file:
+        theirs = {(row["set"], row["checkpoint"]): row for row in csv.DictReader(file)}
+    table: Table = [["", *NAMES]]
+    for name in ("A", "B"):
+        ours, paper = [], []
+        for column in COLUMNS:
+            found = pairs(of_set(runs, name), column)
+            half = half_interval(found)
+            spread = f" ± {half:.2f}" if np.isfinite(half) else ""
+            ours.append(f"{rmse(found):.2f}{spread} (n = {len(found)})" if found else "-")
+            reference = theirs[name, column]
+            paper.append(f"{reference['rmse']} ± {reference['half_ci95']}")
+        table += [[f"set {name}, ours", *ours], [f"set {name}, paper", *paper]]
+    return table
+
+
+def _note(runs: Sequence[Run]) -> str:
+    ours = [*of_set(runs, "A"), *of_set(runs, "B")]
+    ends = sorted({run.config.after_grok for run in ours})
+    return (
+        "± is half of the 95% percentile bootstrap interval over runs (10,000 resamples), n the "
+        "number of runs. The paper has 5 seeds of 12 tasks (set A) and of 4 fractions (set B), and "
+        "ends 2,000 epochs after grokking or at 50,000; here runs end "
+        f"{' or '.join(str(each) for each in ends) or '-'} epochs after grokking, or where the "
+        "table of the runs says."
+    )
+
+
+def runs_table(runs: Sequence[Run]) -> Table:
+    """One line per seed of every run: where it was at each point."""
+    header: list[str] = [
+        "run",
+        "seed",
+        "memorised",
+        "LAR",
+        "k",
+        "k95",
+        "grokked",
+        "LAR",
+        "k",
+        "k95",
+        "last epoch",
+        "LAR",
+        "k",
+        "k95",
+        "val acc",
+    ]
+    table = [header]
+    for run in runs:
+        for seed, line in run.seeds.items():
+            cells = [plates.label(run.config), str(seed)]
+            for point in ("memorised", "grokked", "final"):
+                row = line.at(point)
+                cells += [_cell(row, name, digits) for name, digits in _SHOWN]
+            table.append([*cells, _cell(line.at("final"), "val_acc", 3)])
+    return table
+
+
+_SHOWN = (("epoch", 0), ("lar", 3), ("k_pred", 1), ("k95", 0))
+
+
+def _cell(row: dict | None, name: str, digits: int) -> str:
+    return "-" if row is None or row[name] is None else f"{row[name]:.{digits}f}"
+
+
+def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_whole(path, text.getvalue())
