@@ -61,6 +61,7 @@ def grokking(arguments: argparse.Namespace) -> int:
     """Train what is left to do, and report."""
     paper = settings(arguments, PaperConfig)
     until = time.monotonic() + 60 * arguments.minutes
+    from ..checkpoint import Unsaved
     from . import study
 
     parser: Parser = arguments.parser
@@ -73,6 +74,8 @@ def grokking(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command continues {arguments.out}", file=sys.stderr)
         return 130
+    except Unsaved as error:
+        parser.error(str(error))
     print(report.write(arguments.out))
     return 0
 
