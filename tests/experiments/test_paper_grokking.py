@@ -1,0 +1,201 @@
+"""`jlar paper grokking`: ensembles, calls that add up, table 1 and the figures from records."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from jlar_experiments import cli
+from jlar_experiments.config import GrokConfig
+from jlar_experiments.grokking import dating, ensemble, measures, plan, plates, results, study
+from jlar_experiments.grokking.analysis import Run, Timeline
+from jlar_experiments.grokking.tasks import TASKS
+
+TINY = {"p": 7, "width": 8, "heads": 2, "layers": 1, "batch_size": 8, "lr": 0.01}
+BASE = GrokConfig(**TINY, epochs=40, log_every=10, after_grok=10)
+
+
+def rows(folder):
+    """The records without the wall clock."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.endswith("_seconds")} for line in lines
+    ]
+
+
+def start(configs, out, **options):
+    planned = [(each, out / f"{i}") for i, each in enumerate(configs)]
+    for each, folder in planned:
+        study.prepare(each, folder, fresh=False)
+    assert ensemble.together(planned, **options)
+    return [rows(folder) for _, folder in planned]
+
+
+def assert_near(ours, alone):
+    assert [row["epoch"] for row in ours] == [row["epoch"] for row in alone]
+    for one, two in zip(ours, alone, strict=True):
+        for name, value in one.items():
+            # An answer that is a tie to rounding may fall either way: one of some 20 pairs.
+            slack = 0.06 if name.endswith("acc") else 2e-3 * abs(two[name]) + 1e-3
+            if name not in ("k95", "logits_rank99", "fourier_k99"):  # counts, at a threshold
+                assert abs(value - two[name]) <= slack, (name, one["epoch"])
+
+
+def test_together_on_eight_devices_as_alone(tmp_path):
+    """Tasks of equal shape and several seeds, of which some end sooner."""
+    members = (("x+y", 0, 40), ("x-y", 1, 20), ("x^2+y^2", 2, 20), ("x+y", 3, 20))
+    configs = [
+        dataclasses.replace(BASE, task=name, seed=seed, epochs=epochs)
+        for name, seed, epochs in each
+    ]
+    assert len({each.program for each in configs}) == 1
+    together = start(configs, tmp_path / "together")
+    assert [each[-1]["epoch"] for each in together] == [40, 20, 20, 20]
+    for i in (0, 1):
+        [alone] = start([configs[i]], tmp_path / f"alone{i}")
+        assert_near(together[i], alone)
+
+
+def test_calls_add_up_and_an_interrupted_one_goes_on(tmp_path, monkeypatch, capsys):
+    def runs(paper):
+        return [dataclasses.replace(BASE, seed=seed) for seed in range(paper.seeds or 1)]
+
+    monkeypatch.setattr(plan.PaperConfig, "runs", runs)
+    out = tmp_path / "out"
+    command = ["paper", "grokking", "--out", str(out)]
+    assert cli.main([*command, "--minutes=0"]) == 0  # no time at all: nothing but the folders
+    assert not list(out.glob("*/metrics.jsonl"))
+    assert cli.main(command) == 0
+    [first] = out.glob("*/metrics.jsonl")
+    before = first.read_bytes()
+    assert cli.main([*command, "--seeds=2"]) == 0
+    assert first.read_bytes() == before and len(list(out.glob("*/metrics.jsonl"))) == 2
+    said = capsys.readouterr().out
+    assert "set A, paper" in said and "report.html" in said
+    assert cli.main(["report", str(out)]) == 0
+    with pytest.raises(SystemExit):
+        cli.main(["paper", "grokking", "--out", str(first.parent)])
+    assert "not a folder of this study" in capsys.readouterr().err
+
+
+def timeline(seed, dates, *, k_after=15.0, every=20, end=1000):
+    """A synthetic run: memorised and grokked at these epochs, k from 50 to `k_after`."""
+    memorised, grokked = dates
+    line = Timeline(seed)
+    for epoch in range(0, end + 1, every):
+        done = 0.0 if epoch < memorised else min(1.0, (epoch - memorised) / (grokked - memorised))
+        k = 50 * (k_after / 50) ** done
+        row = {"epoch": epoch, "step": 9 * epoch, "seed": seed, "train_loss": 0.1, "corr": 0.9}
+        row |= {"train_acc": float(epoch >= memorised), "val_acc": done, "k_pred": k}
+        row |= {"lar": 1 - np.log(k) / np.log(128) / 2, "k95": 80 + done * (k_after - 80)}
+        row |= {"pr_p": k, "pr_q": k, "q_in_top95": 1.0, "logits_pr": k, "logits_rank99": k}
+        row |= {"fourier_k99": k, "stable_rank": 5.0, "effective_rank": k, "weight_norm": 60 - done}
+        line.add(row)
+    return line
+
+
+def synthetic(seed=0, dates=(60, 180), **settings):
+    config = GrokConfig(seed=seed, epochs=1000, after_grok=1000, **settings)
+    line = timeline(seed, dates, every=config.log_every)
+    p = np.full(128, 1 / 128).tolist()
+    points = [
+        {"epoch": line.at(each)["epoch"], "seed": seed, "point": each, "p": p, "q": p}
+        for each in ("memorised", "grokked", "final")
+        if line.at(each)
+    ]
+    return Run(config, {}, {seed: line}, points)
+
+
+@pytest.fixture
+def runs():
+    b = synthetic(train_fraction=0.3, dates=(40, 520))
+    never = synthetic(task="x^3+xy^2+y", dates=(60, 10**6))
+    dip = synthetic(log_every=1, batch_size=128)
+    return [synthetic(seed) for seed in range(3)] + [synthetic(task="x/y"), b, never, dip]
+
+
+def test_table1_against_numpy(runs):
+    found = [(10.0, 12.0), (20.0, 19.0), (30.0, 37.0), (5.0, 5.0)]
+    assert results.rmse(found) == pytest.approx((54 / 4) ** 0.5)
+    generator, draws = np.random.default_rng(7), []
+    for _ in range(20_000):  # resampling written out
+        squares = [(found[i][0] - found[i][1]) ** 2 for i in generator.integers(4, size=4)]
+        draws.append((sum(squares) / 4) ** 0.5)
+    draws = np.sort(draws)
+    half = (draws[19_500] - draws[500]) / 2
+    assert results.half_interval(found) == pytest.approx(half, rel=0.03)
+    table = results.table1(runs)
+    assert [row[0] for row in table[1:]] == [
+        f"set {s}, {w}" for s in "AB" for w in ("ours", "paper")
+    ]
+    assert "(n = 5)" in table[1][1] and "(n = 4)" in table[1][3] and "(n = 1)" in table[1][4]
+    assert table[3][4] == "-" and table[2][1] == "24.90 ± 1.67"
+
+
+def test_figures_from_records(runs, tmp_path):
+    drawn = plates.draw(runs, tmp_path)
+    assert set(drawn) == {f"figure{i}" for i in (1, 2, 3, 9, 21, 22, 23, 24, 25)}
+    for name in drawn:
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+        assert (tmp_path / f"{name}.svg").exists()
+
+
+def test_a_rule_alarms_where_k_falls(runs):
+    line = runs[0].seeds[0]
+    rule = dating.Rule("k_pred", "ratio", True, 0.5)
+    # k halves at epoch 60 + 120 ln 2 / ln(50 / 15) = 129: below at 140, and again at 160.
+    assert rule.alarm(line) == 160
+    assert dating.crossing(line, 0.5) == pytest.approx(120)
+    assert dating.crossing(line, 0.95) == pytest.approx(174)
+    never = runs[5].seeds[0]
+    assert dating.crossing(never, 0.5) is None and rule.alarm(never) is None
+    found = dating.score(rule, [line, never])
+    assert (found.grokking, found.controls, found.misses, found.false_alarms) == (1, 1, 0, 0)
+    assert found.near == 1 and dating.chosen([line, never], "k_pred", "ratio").falls
+
+
+@pytest.mark.parametrize("number", [1, 3, 10])
+def test_harmonics_of_a_planted_function(number):
+    """Logits made of one component of functions of the answer have just its dimension."""
+    task = TASKS[number - 1]
+    waves = measures.harmonics(task, 97)
+    basis, component = map(np.asarray, waves)
+    np.testing.assert_allclose(basis.T @ basis, np.eye(basis.shape[1]), atol=1e-4)
+    np.testing.assert_allclose(basis.sum(0), 0, atol=1e-4)  # no constant
+    one = basis[:, component == 2]
+    assert one.shape[1] == {1: 2, 3: 2, 10: 25}[number]
+    gram = np.zeros((len(basis) + 2,) * 2, np.float32)  # `op` and `=` have logits, too
+    gram[:-2, :-2] = one @ one.T + 1  # and a constant, which does not count
+    p = np.array([0.5, 0.25, 0.25], np.float32)
+    found = measures.comparators({"W": np.array([3.0, 4.0], np.float32)}, p, gram, waves)
+    assert found.fourier_k99 == one.shape[1] and found.weight_norm == 5
+    assert found.stable_rank == 2
+    s = np.sqrt(p) / np.sqrt(p).sum()
+    np.testing.assert_allclose(found.effective_rank, np.exp(-np.sum(s * np.log(s))), rtol=1e-5)
+    values = np.linalg.eigvalsh(gram.astype(np.float64))[::-1]
+    np.testing.assert_allclose(found.logits_pr, values.sum() ** 2 / (values**2).sum(), rtol=1e-3)
+    before = np.cumsum(values) - values
+    assert float(found.logits_rank99) == np.sum(before < 0.99 * values.sum())
+
+
+def test_s5_components_are_those_of_left_translation():
+    """Composing with any permutation maps each component of S5 into itself."""
+    from jlar_experiments.grokking.tasks import composed, permutations
+
+    basis, component = map(np.asarray, measures.harmonics(TASKS[9], 97))
+    elements = permutations()
+    moved = composed(elements[np.full(120, 77)], elements)
+    inner = basis.T @ basis[moved]
+    assert np.abs(inner[component[:, None] != component[None, :]]).max() < 1e-4
+
+
+def test_every_planned_run_has_a_folder_of_its_own():
+    for preset in ("quick", "cpu", "full"):
+        planned = plan.PaperConfig(preset=preset).runs()
+        assert len({plan.folder_name(each) for each in planned}) == len(planned)
+    full = [each for each in planned if each.epochs == 50_000]
+    assert len(full) == 12 * 5 + 4 * 5 and {each.after_grok for each in full} == {2000}
+    longer = plan.PaperConfig(tasks="3 x-y", epochs=7, seeds=2).runs()
+    assert [each.task for each in longer] == ["x-y", "x/y"] * 2
+    assert {each.epochs for each in longer} == {7}
