@@ -103,7 +103,7 @@ def dating(runs: Sequence[Run], rules: Sequence[Rule]) -> Table:
     table = [["half", "run", "memorised", "50%", "95%", *(f"k {rule.text}" for rule in rules)]]
     for name, half in zip(("first", "second"), halves(runs), strict=True):
         for run in runs:
-            for line in (each for each in run.seeds.values() if each in half):
+            for line in (each for each in run.seeds.values() if any(each is one for one in half)):
                 dates = [crossing(line, 0.5), crossing(line, 0.95)]
                 memorised = next((r["epoch"] for r in line.rows if r["train_acc"] > 0.99), None)
                 alarms = [rule.alarm(line) for rule in rules]

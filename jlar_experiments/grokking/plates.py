@@ -21,11 +21,17 @@ PARTS = ("final_grokked", "final_not_grokked")
 
 def label(config: GrokConfig) -> str:
     """The run in a few words: its task and what else is not the default."""
-    plain = dataclasses.replace(config, **{name: getattr(GrokConfig, name) for name in FREE})
-    words = plain.name.removeprefix("grok-").split("-", maxsplit=1)
-    base = GrokConfig(task=config.task, train_fraction=config.train_fraction, p=config.p).name
-    other = plain.name.removeprefix(base).strip("-").replace("_", " ")
-    return title(config) + (f", {other}" if other and words else "")
+    words = [title(config)]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in (*FREE, "task", "train_fraction", "p") and value != field.default:
+            name = field.name.replace("_", " ")
+            words.append(
+                (name if value else f"no {name}")
+                if isinstance(value, bool)
+                else (value if isinstance(value, str) else f"{name} {value:g}")
+            )
+    return ", ".join(words)
 
 
 def cells(runs: Iterable[Run]) -> dict[str, list[Run]]:

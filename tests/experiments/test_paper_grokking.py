@@ -47,7 +47,7 @@ def test_together_on_eight_devices_as_alone(tmp_path):
     members = (("x+y", 0, 40), ("x-y", 1, 20), ("x^2+y^2", 2, 20), ("x+y", 3, 20))
     configs = [
         dataclasses.replace(BASE, task=name, seed=seed, epochs=epochs)
-        for name, seed, epochs in each
+        for name, seed, epochs in members
     ]
     assert len({each.program for each in configs}) == 1
     together = start(configs, tmp_path / "together")
