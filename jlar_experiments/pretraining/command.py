@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,11 +61,19 @@ def _where(parser: Any, folder: str) -> None:
     again.add_argument("--fresh", action="store_true", help="throw away what is in the folder")
     parser.add_argument(
         "--distributed",
-        action="store_true",
-        help="one of several processes that train together: on each, jax.distributed.initialize() "
-        "finds the others as on TPU pods and SLURM, or by JAX_COORDINATOR_ADDRESS, "
-        "JAX_NUM_PROCESSES and JAX_PROCESS_ID",
+        nargs="?",
+        type=processes,
+        const={},
+        metavar="HOST:PORT,N,I",
+        help="one of several processes that train together; alone where jax finds the others (TPU "
+        "pods, SLURM), else the address of the first, their number and the index of this one",
     )
+
+
+def processes(text: str) -> dict[str, Any]:
+    """The arguments of `jax.distributed.initialize` in HOST:PORT,N,I."""
+    address, count, index = text.split(",")
+    return {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
 
 
 def _data_parser(commands: Any) -> None:
@@ -117,7 +124,7 @@ def pretrain(arguments: argparse.Namespace) -> int:
     preset = PRESETS[arguments.preset]
     config = _config(arguments, preset)
     folder = arguments.out or RUNS / arguments.preset / preset.name(config)
-    code = _trained(arguments, [(config, folder)])
+    code = _trained(arguments, None if arguments.out else folder.parent, [(config, folder)])
     return code if code else _report(folder if arguments.out else folder.parent)
 
 
@@ -135,7 +142,7 @@ def paper(arguments: argparse.Namespace) -> int:
         arms = [dataclasses.replace(arm, **given) for arm in preset.arms(arguments.seeds)]
     except ValueError as error:
         parser.error(options.as_options(str(error), list(_settings())))
-    code = _trained(arguments, [(arm, root / preset.name(arm)) for arm in arms])
+    code = _trained(arguments, root, [(arm, root / preset.name(arm)) for arm in arms])
     return code if code else _report(root)
 
 
@@ -155,13 +162,15 @@ def _config(arguments: argparse.Namespace, preset: Preset) -> PretrainConfig:
         parser.error(options.as_options(str(error), list(_settings())))
 
 
-def _trained(arguments: argparse.Namespace, runs: list[tuple[PretrainConfig, Path]]) -> int:
-    """Train each run in its folder; the exit code."""
+def _trained(
+    arguments: argparse.Namespace, root: Path | None, runs: list[tuple[PretrainConfig, Path]]
+) -> int:
+    """Train each run in its folder, which may be in a common root; the exit code."""
     parser: Parser = arguments.parser
-    if arguments.distributed:
-        import jax
+    import jax
 
-        jax.distributed.initialize()
+    if arguments.distributed is not None:
+        jax.distributed.initialize(**arguments.distributed)
     from ..checkpoint import Unsaved
     from . import corpus, study
 
@@ -169,7 +178,10 @@ def _trained(arguments: argparse.Namespace, runs: list[tuple[PretrainConfig, Pat
         try:
             tokens = study.tokens(config, arguments.data)
             study.check(config, tokens)
-            study.prepare(config, arguments.preset, folder, fresh=arguments.fresh)
+            if jax.process_index() == 0:
+                if root is not None:
+                    study.prepare_all(arguments.preset, root)
+                study.prepare(config, arguments.preset, folder, fresh=arguments.fresh)
             if len(runs) > 1:
                 print(f"{folder.name}: {config.epochs:.3g} epochs", file=sys.stderr)
             if not study.run(config, folder, tokens):
@@ -191,8 +203,3 @@ def _report(folder: Path) -> int:
     if jax.process_index() == 0:
         print(report.write(folder))
     return 0
-
-
-def stored_preset(folder: Path) -> str:
-    """The preset that the run in this folder belongs to."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))["preset"]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import records
 from ..checkpoint import Checkpoints
@@ -57,6 +58,22 @@ def prepare(config: PretrainConfig, preset: str, folder: Path, *, fresh: bool) -
     records.write_whole(path, json.dumps(described, indent=2) + "\n")
 
 
+def prepare_all(preset: str, folder: Path) -> None:
+    """Make the folder that holds the runs of a preset, for `jlar report`."""
+    path = folder / "config.json"
+    if path.exists():
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            known = stored["study"] == "pretrain" and "settings" not in stored
+        except (ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise Refused(f"{folder} holds something else; choose another with --out")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    records.write_whole(path, json.dumps({"study": "pretrain", "preset": preset}) + "\n")
+
+
 def read_config(folder: Path) -> PretrainConfig:
     """The settings of the run in this folder."""
     path = folder / "config.json"
@@ -87,7 +104,8 @@ class Study:
         self.iterator = data.batches(config, tokens, 0)
         self.program = train.Program(config, mesh)
         validation = data.validation(config, tokens)
-        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, *sharding.BATCH))
+        place = NamedSharding(mesh, PartitionSpec(None, *sharding.BATCH))
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
         self.validation = jax.make_array_from_callback(
             validation.shape, place, lambda part: validation[part]
         )
@@ -103,7 +121,8 @@ class Study:
 
     def resume(self) -> None:
         """Take up the newest checkpoint and forget the records after it; or start anew."""
-        like = (self.program.abstract_state, jax.ShapeDtypeStruct((), jnp.int32))
+        position = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.everywhere)
+        like = (self.program.abstract_state, position)
         found = self.checkpoints.newest(like, say)
         self.step = found[0] if found else 0
         if found:
@@ -154,14 +173,12 @@ class Study:
             "gradient_norm": records.number(metrics.gradient_norm),
         }
         if "unembedding" in metrics.lars:
-            head = metrics.lars["unembedding"]
-            row |= {
-                "lar": records.number(np.asarray(head.lar)),
-                **{name: records.number(getattr(head, name)) for name in "yxw"},
-                "keep_rate": records.number(np.asarray(head.keep_rate)),
-            }
+            head = metrics.energies["unembedding"]
+            row["lar"] = records.number(metrics.lars["unembedding"])
+            row |= {name: records.number(getattr(head, name)) for name in "yxw"}
+            row["keep_rate"] = records.number(metrics.keep_rates["unembedding"])
         if len(metrics.lars) > 1:
-            row["lars"] = _lars(metrics.lars)
+            row["lars"] = _numbers(metrics.lars)
         if step in self.val_loss:
             row["val_loss"] = self.val_loss.pop(step)
         row["tokens_per_second"] = round(speed, 1)
@@ -173,25 +190,11 @@ class Study:
     def inspect(self, batch: jax.Array) -> None:
         """Spectra and the LAR of every matrix, on the batch about to be trained on."""
         seen = jax.device_get(self.program.inspection(self.state.model, batch))
-        spectra = seen.spectra
         row: records.Row = {
             "step": self.step,
-            "lars": _lars(seen.lars),
-            **{
-                name: records.number(np.asarray(value))
-                for name, value in {
-                    "corr": spectra.corr,
-                    "rank_corr": spectra.rank_corr,
-                    "sigma_p": spectra.sigma_p,
-                    "sigma_q": spectra.sigma_q,
-                    "stable_rank": seen.stable_rank,
-                    "effective_rank": seen.effective_rank,
-                    "rms_X": seen.rms_X,
-                    **{f"L{k}": each.L for k, each in seen.top.items()},
-                    **{f"D{k}": each.D for k, each in seen.top.items()},
-                }.items()
-            },
-            **{name: [records.number(a) for a in getattr(spectra, name)] for name in "pq"},
+            "lars": _numbers(seen.lars),
+            **_numbers(seen.statistics),
+            **_numbers({"p": seen.spectra.p, "q": seen.spectra.q}),
         }
         if self.writes:
             records.append(self.folder / "inspections.jsonl", [row])
@@ -206,16 +209,15 @@ class Study:
         """Start a checkpoint; the rows of its steps are on the disk before it."""
         self.read()
         self.write()
-        position = jnp.asarray(data.position(self.iterator), jnp.int32)
+        position = jax.device_put(np.int32(data.position(self.iterator)), self.everywhere)
         self.checkpoints.save(self.step, (self.state, position))
 
 
-def _lars(lars: dict[str, Any]) -> records.Row:
-    """Every matrix's LAR, one number or one per layer."""
-    plain = {name: np.asarray(energies.lar) for name, energies in lars.items()}
+def _numbers(arrays: dict[str, np.ndarray]) -> records.Row:
+    """Numbers, and lists where an array has entries (one per layer, or a spectrum)."""
     return {
-        name: [records.number(each) for each in lar] if lar.ndim else records.number(lar)
-        for name, lar in plain.items()
+        name: [records.number(each) for each in array] if array.ndim else records.number(array)
+        for name, array in arrays.items()
     }
 
 

@@ -42,11 +42,21 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What every step returns; the energies of the unembedding are those of the whole batch."""
+    """What every step returns; all is that of the whole batch, wherever its parts were."""
 
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
-    lars: dict[str, jlar.Energies]
+    energies: dict[str, jlar.Energies]
+    lars: dict[str, Float[Array, "*layers"]]
+    keep_rates: dict[str, Float[Array, "*layers"]]
+
+
+class Inspection(NamedTuple):
+    """What is measured at a cadence, on the training batch and before its update."""
+
+    lars: dict[str, Float[Array, "*layers"]]
+    spectra: jlar.Spectra
+    statistics: dict[str, Float[Array, ""]]
 
 
 def losses(
@@ -126,34 +136,30 @@ class Program:
             )
         model = eqx.apply_updates(state.model, updates)
         new = State(state.step + 1, model, optimiser_state, state.monitor)
-        return new, Metrics(value, optax.tree.norm(gradient), measured)
+        ratios = {name: each.lar for name, each in measured.items()}
+        kept = {name: each.keep_rate for name, each in measured.items()}
+        return new, Metrics(value, optax.tree.norm(gradient), measured, ratios, kept)
 
-    def _inspection(self, model: Decoder, batch: Batch) -> "Inspection":
+    def _inspection(self, model: Decoder, batch: Batch) -> Inspection:
         def forward(probes: Probes) -> tuple[Array, Any]:
             return self._losses(model, batch, probes)
 
         # The statistics do not depend on the cotangent: what would propagate it is dead code.
         loss, pull, (energies, X) = jax.vjp(forward, probes(self.config), has_aux=True)
-        (lars,) = pull(jnp.zeros_like(loss))
+        (measured,) = pull(jnp.zeros_like(loss))
+        lars = {name: each.lar for name, each in {"unembedding": energies, **measured}.items()}
         spectra = jlar.grams(model.head, X).spectra()
         roots = jnp.sqrt(spectra.p)
-        split = {k: jlar.top_overlap(spectra, k) for k in TOP if k <= self.config.width}
-        return Inspection(
-            lars={"unembedding": energies, **lars},
-            spectra=spectra,
-            top=split,
-            stable_rank=1 / spectra.p[0],
-            effective_rank=jnp.exp(jnp.sum(jax.scipy.special.entr(roots / jnp.sum(roots)))),
-            rms_X=jnp.sqrt(jnp.mean(jnp.square(X.astype(jnp.float32)))),
-        )
-
-
-class Inspection(NamedTuple):
-    """What is measured at a cadence, on the training batch and before its update."""
-
-    lars: dict[str, jlar.Energies]
-    spectra: jlar.Spectra
-    top: dict[int, jlar.TopOverlap]
-    stable_rank: Float[Array, ""]
-    effective_rank: Float[Array, ""]
-    rms_X: Float[Array, ""]
+        statistics = {
+            "corr": spectra.corr,
+            "rank_corr": spectra.rank_corr,
+            "sigma_p": spectra.sigma_p,
+            "sigma_q": spectra.sigma_q,
+            "stable_rank": 1 / spectra.p[0],
+            "effective_rank": jnp.exp(jnp.sum(jax.scipy.special.entr(roots / jnp.sum(roots)))),
+            "rms_X": jnp.sqrt(jnp.mean(jnp.square(X.astype(jnp.float32)))),
+        }
+        for k in TOP:
+            if k <= self.config.width:
+                statistics[f"L{k}"], statistics[f"D{k}"] = jlar.top_overlap(spectra, k)
+        return Inspection(lars, spectra, statistics)

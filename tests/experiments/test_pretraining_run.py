@@ -1,0 +1,313 @@
+"""A pre-training run: killed, terminated, damaged, moved to another mesh, fed with bad data."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jlar_experiments import cli
+from jlar_experiments.checkpoint import Checkpoints, Unsaved
+from jlar_experiments.pretraining import corpus, data, sharding, study, train
+from jlar_experiments.pretraining.config import PretrainConfig
+
+SETTINGS = {
+    "width": 16, "layers": 1, "heads": 2, "hidden": 16, "length": 8, "batch": 8, "steps": 30,
+    "unique_tokens": 160, "validation_tokens": 64, "validate_every": 5, "inspect_every": 10,
+    "checkpoint_every": 8, "warm_up": 2, "unroll": 1,
+}  # fmt: skip
+OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+TIMES = ("tokens_per_second", "mfu")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A corpus of forty small documents."""
+    folder = tmp_path_factory.mktemp("text")
+    random = np.random.default_rng(0)
+    for i in range(40):
+        letters = random.choice(list("abcdefgh"), 400)
+        (folder / f"{i}.txt").write_text("".join(letters))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(text):
+    return PretrainConfig(corpus=str(text), **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def tokens(config, tmp_path_factory):
+    return study.tokens(config, tmp_path_factory.mktemp("data"))
+
+
+def rows(folder: Path, name: str = "metrics.jsonl"):
+    """The records without the clock's."""
+    lines = (folder / name).read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMES} for x in lines]
+
+
+def start(config, folder, tokens):
+    study.prepare(config, "bytes-tiny", folder, fresh=False)
+    return study.run(config, folder, tokens)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tokens, tmp_path_factory):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert start(config, folder, tokens)
+    return folder
+
+
+def test_records(whole, config, tokens):
+    found = rows(whole)
+    assert [row["step"] for row in found] == list(range(30))
+    assert found[-1]["tokens"] == 30 * 64 and found[-1]["epoch"] == 12.0 == config.epochs
+    measured = [row["step"] for row in found if "val_loss" in row]
+    assert measured == [0, 5, 10, 15, 20, 25, 29]
+    assert 0.4 < found[0]["lar"] < 0.6 and found[0]["keep_rate"] == 1
+    lar = 1 + np.log(found[7]["y"] / found[7]["x"] / found[7]["w"]) / np.log(16) / 2
+    np.testing.assert_allclose(found[7]["lar"], lar, rtol=1e-5)
+    seen = rows(whole, "inspections.jsonl")
+    assert [row["step"] for row in seen] == [0, 10, 20, 29]
+    for row in seen:
+        np.testing.assert_allclose(row["L3"] + row["D3"], found[row["step"]]["lar"], rtol=1e-4)
+        np.testing.assert_allclose(row["lars"]["unembedding"], found[row["step"]]["lar"], rtol=1e-6)
+        assert len(row["p"]) == len(row["q"]) == 16 and len(row["lars"]["gate"]) == 1
+        np.testing.assert_allclose(row["stable_rank"] * row["p"][0], 1, rtol=1e-5)
+    assert not start(config, whole, tokens)  # finished
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_runs_end_with_the_same_numbers(whole, text, tmp_path, signal_number):
+    """With as many devices as this process has: sums over eight are others than over one."""
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment["PYTHONPATH"] = str(Path(study.__file__).parents[2])
+    command = [sys.executable, "-m", "jlar_experiments.cli", "pretrain", *OPTIONS]
+    command += [f"--corpus={text}", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not (checkpoints / "8").exists():
+        time.sleep(0.005)
+    process.send_signal(signal_number)
+    said = process.communicate(timeout=120)[1]
+    if signal_number == signal.SIGTERM:
+        assert process.returncode == 143 and "the same command continues" in said, said
+        saved = max(int(each.name) for each in checkpoints.iterdir())
+        assert f"saving step {saved}" in said
+        assert len(rows(tmp_path / "run")) == saved  # whole rows, up to the checkpoint
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "continuing from step" in done.stderr, done.stderr
+    assert rows(tmp_path / "run") == rows(whole)
+    assert rows(tmp_path / "run", "inspections.jsonl") == rows(whole, "inspections.jsonl")
+
+
+def copied(whole, tmp_path):
+    """The finished run without its last rows, so that it has something to do again."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    return folder
+
+
+def damage(checkpoint: Path):
+    for file in checkpoint.rglob("*"):
+        if file.is_file() and file.stat().st_size > 100:
+            file.write_bytes(file.read_bytes()[:50])
+
+
+def test_damaged_checkpoints(whole, config, tokens, tmp_path, capsys):
+    folder = copied(whole, tmp_path)
+    last, before = sorted((int(c.name) for c in (folder / "checkpoints").iterdir()), reverse=True)
+    damage(folder / "checkpoints" / str(last))
+    assert start(config, folder, tokens)
+    said = capsys.readouterr().err
+    assert f"checkpoint {last} is damaged" in said and f"continuing from step {before}" in said
+    assert rows(folder) == rows(whole)
+    for each in (folder / "checkpoints").iterdir():
+        damage(each)
+    like = (train.Program(config, sharding.mesh(1)).abstract_state, jax.ShapeDtypeStruct((), "i4"))
+    warnings = []
+    checkpoints = Checkpoints(folder / "checkpoints")
+    assert checkpoints.newest(like, warnings.append) is None
+    checkpoints.close()
+    assert len(warnings) == 3 and "no checkpoint is left" in warnings[-1]
+
+
+def test_restores_onto_another_mesh(whole, config, tokens):
+    """Saved by eight devices; taken up by two that share each matrix, and by one."""
+    states = []
+    for tensor, count in ((2, 4), (1, 1)):
+        program = train.Program(config, sharding.mesh(tensor, jax.devices()[:count]))
+        checkpoints = Checkpoints(whole / "checkpoints")
+        like = (program.abstract_state, jax.ShapeDtypeStruct((), "i4"))
+        step, (state, position) = checkpoints.newest(like, pytest.fail)
+        checkpoints.close()
+        assert step == int(state.step) == int(position) == 30
+        assert len(state.model.blocks.q.sharding.device_set) == count
+        assert state.optimiser[1][0].mu.blocks.q.sharding == program.places.model.blocks.q
+        states.append(jax.device_get(state))
+    for one, two in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands for a full disk."""
+    code = """
+import resource, signal, sys
+import jax.numpy as jnp
+from pathlib import Path
+from jlar_experiments.checkpoint import Checkpoints, Unsaved
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+checkpoints = Checkpoints(Path(sys.argv[1]))
+checkpoints.save(1, {"a": jnp.arange(5.0)})
+checkpoints._checkpointer.wait()
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+import numpy as np
+big = jnp.asarray(np.random.default_rng(0).standard_normal(1_000_000), jnp.float32)
+try:
+    checkpoints.save(2, {"a": big})
+    checkpoints.close()
+except Unsaved as error:
+    print(error)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(study.__file__).parents[2])}
+    command = [sys.executable, "-c", code, str(tmp_path / "checkpoints")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    said = done.stdout.strip()
+    assert "could not be written" in said and said.endswith("the last good one is 1"), done
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    found = checkpoints.newest({"a": jax.ShapeDtypeStruct((5,), "f4")}, pytest.fail)
+    checkpoints.close()
+    assert found is not None and found[0] == 1 and found[1]["a"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_subsets_are_nested_and_validation_is_apart(config, tokens):
+    def sequences(part, count, **settings):
+        changed = dataclasses.replace(config, **settings)
+        pieces = data.Sequences(changed, tokens, part, count)
+        return [tuple(pieces[i].tolist()) for i in range(count)]
+
+    small, large = sequences("train", 20), sequences("train", 300)
+    assert large[:20] == small and sequences("train", 20, seed=5) == small
+    training = {bytes(each) for each in sequences("train", 600)}
+    held = (tokens / "validation.bin").read_bytes()[::2]
+    texts = [text + b"\0" for text in corpus.documents(config.corpus) if corpus.held_out(text)]
+    assert b"".join(texts) == held
+    assert not any(piece in held for piece in training)
+
+
+def test_epochs(config, tokens):
+    """Each epoch has every sequence once, in another order; the position is where it goes on."""
+    iterator = data.batches(config, tokens, 0)  # 20 sequences in batches of 8
+    batches = [next(iterator) for _ in range(10)]
+    assert data.position(iterator) == 10
+    seen = np.concatenate(batches).tolist()
+    assert sorted(seen[:20]) == sorted(seen[20:40]) and seen[:20] != seen[20:40]
+    again = data.batches(config, tokens, 7)
+    np.testing.assert_array_equal(next(again), batches[7])
+    other = data.batches(dataclasses.replace(config, seed=1), tokens, 0)
+    assert next(other).tolist() != batches[0].tolist()
+    for each in (iterator, again, other):
+        each.close()
+
+
+def run(*arguments):
+    try:
+        return cli.main([str(each) for each in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--unique-tokens=1000000"], "--unique-tokens must be at most"),
+        (["--validation-tokens=1000000"], "--validation-tokens must be at most"),
+        (["--batch=6"], "--batch must be a multiple of 8"),
+        (["--tensor=3"], "--tensor must divide"),
+        (["--tensor=4", "--hidden=18"], "--hidden must be a multiple of 4"),
+        (["--length=100000", "--unique-tokens=200000", "--validation-tokens=200000"], "fewer than"),
+        (["--corpus=nowhere"], "--corpus must be"),
+        (["--optimiser=adam"], "--weight-decay must be 0 for adam"),
+        (["--warm-up=31"], "--warm-up must be from 0 to steps (30)"),
+        (["--heads=3"], "--heads must divide"),
+        (["--lr=nan"], "--lr must be positive"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_compiled(
+    options, named, text, tokens, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(train.Program, "initial", pytest.fail, raising=False)
+    where = [f"--data={tokens.parent}", f"--out={tmp_path / 'run'}"]
+    assert run("pretrain", *OPTIONS, f"--corpus={text}", *where, *options) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("jlar pretrain: error: ") and named in said[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_token_files_that_lie(tokens, tmp_path, capsys):
+    folder = tmp_path / "tokens"
+    shutil.copytree(tokens, folder)
+    ids = np.fromfile(folder / "train.bin", "<u2")
+    ids[77] = 300
+    ids.tofile(folder / "train.bin")
+    where = [f"--corpus={folder}", f"--out={tmp_path / 'run'}"]
+    assert run("pretrain", *OPTIONS, *where) == 2
+    said = capsys.readouterr().err
+    assert "--vocabulary must exceed every id" in said and "300" in said
+    ids[:-1].tofile(folder / "train.bin")
+    assert run("pretrain", *OPTIONS, *where) == 2
+    assert "as tokens.json says" in capsys.readouterr().err
+    (folder / "tokens.json").write_text("{}")
+    assert run("pretrain", *OPTIONS, *where) == 2
+    assert "does not describe token files" in capsys.readouterr().err
+
+
+def test_bpe_tokens_read_back_as_the_text(text, tmp_path, capsys):
+    from tokenizers import Tokenizer
+
+    out = tmp_path / "bpe"
+    options = [f"--corpus={text}", "--tokenizer=bpe", "--vocabulary=280", f"--out={out}"]
+    assert run("data", *options) == 0
+    assert "held out" in capsys.readouterr().out
+    stored = corpus.sidecar(out)
+    assert (
+        257 < stored.vocabulary <= 280
+        and stored.largest_id < 280
+        and stored.documents["validation"] > 0
+    )
+    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
+    ids = np.fromfile(out / "validation.bin", "<u2")
+    end = tokenizer.token_to_id(corpus.END)
+    first = ids[: np.argmax(ids == end)].tolist()
+    held = [each for each in corpus.documents(str(text)) if corpus.held_out(each)]
+    assert tokenizer.decode(first).encode() == held[0]
+    assert (ids == end).sum() == len(held) == stored.documents["validation"]
+
+
+def test_one_file_is_cut_into_pieces(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("".join(f"line {i}\n" for i in range(100_000)))
+    pieces = list(corpus.documents(str(file)))
+    assert b"".join(pieces) == file.read_bytes() and len(pieces) > 10
+    assert all(len(each) < corpus.PIECE + 100 and each.endswith(b"\n") for each in pieces)
+
+
+def test_unsaved_is_an_error_of_the_command(text, tokens, tmp_path, monkeypatch, capsys):
+    def full(self, step, state):
+        raise Unsaved("a checkpoint could not be written; there is no other")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    where = [f"--corpus={text}", f"--data={tokens.parent}", f"--out={tmp_path / 'run'}"]
+    assert run("pretrain", *OPTIONS, *where) == 2
+    assert "could not be written" in capsys.readouterr().err.splitlines()[-1]
