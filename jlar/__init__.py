@@ -11,6 +11,7 @@ from ._lar import effective_dimension as effective_dimension
 from ._lar import participation_ratio as participation_ratio
 from ._monitor import Monitor as Monitor
 from ._monitor import Signal as Signal
+from ._monitor import Thresholds as Thresholds
 from ._ranks import effective_rank as effective_rank
 from ._ranks import principal_dimension as principal_dimension
 from ._ranks import stable_rank as stable_rank

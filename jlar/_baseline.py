@@ -89,12 +89,11 @@ class Baseline(eqx.Module):
         rows = [row for row in rows if step in row and lar in row]
         if not rows:
             raise ValueError(f"no line of {path} has both {step!r} and {lar!r}.")
-        columns = [
+        steps, lars, losses = (
             np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)
             for name in (step, lar, train_loss)
-        ]
-        known = np.isfinite(columns[2]).any()
-        return cls.from_points(*columns[:2], columns[2] if known else None)
+        )
+        return cls.from_points(steps, lars, losses if np.isfinite(losses).any() else None)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Write it as one JSON object, of a few kilobytes."""

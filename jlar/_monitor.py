@@ -1,6 +1,7 @@
 """Monitor: alarms out of the log-alignment ratio, while a run trains or from its log afterwards."""
 
 import math
+from dataclasses import dataclass
 
 import equinox as eqx
 import jax
@@ -10,19 +11,32 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from ._checks import check_width
 from ._trend import Window
 
-# Where these come from: python -m jlar_experiments.monitoring.calibration, and LOG.md beside it.
-DEVIATION = 0.0090  # LAR below the baseline that runs without overfitting may reach
-DECLINE = 0.0030  # LAR lost since the peak, beyond the allowed decline, that such runs may reach
-ALLOWED = 0.0075  # LAR per doubling of steps that such runs lose
-NOISES = 1.2  # standard deviations of the noise on top of either
-WIDTH = 4096  # the width the three figures above are for
+WIDTH = 4096  # the width that the thresholds are for
 AHEAD = 0.1  # doublings a run may be ahead of its baseline, or behind, while LAR rises
 ALIGNED = 0.53  # a peak below this is initialisation: no decline is counted from it
 MEMORISED = 0.05  # of the largest training loss
-GROKKED = 0.4  # of k at memorisation
-
 LEVEL, PEAK, SLOPE = 1 / 8, 1 / 2, 1 / 2  # doublings that the means and the slope are over
 CONFIRMATIONS = 2  # consecutive points it takes to start or to end an alarm
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What runs that do not overfit may do, at width 4096; LAR scales as 1 / log n with the width.
+
+    The defaults are those at which fewer than one in a hundred such runs alarm, by the procedure of
+    `python -m jlar_experiments.monitoring.calibration`; its result is in jlar_experiments/LOG.md.
+    """
+
+    deviation: float = 0.0090
+    """LAR below the baseline."""
+    decline: float = 0.0030
+    """LAR lost since the peak beyond `allowed`."""
+    allowed: float = 0.0075
+    """LAR lost per doubling of steps."""
+    noises: float = 1.2
+    """Standard deviations of the run's noise on top of `deviation` and of `decline`."""
+    grokked: float = 0.4
+    """Of the effective dimension k at memorisation: below it, `grokking` rings."""
 
 
 class Signal(eqx.Module):
@@ -74,8 +88,8 @@ class Monitor(eqx.Module):
 
     * `deviation`: how far LAR is below the baseline's at the same step.
     * `matched_loss`: how far it is below the baseline's at the same training loss.
-    * `decline`: how much LAR has lost since its own peak beyond `ALLOWED` per doubling of steps,
-      the slow decline of runs that do not overfit. Silent where the baseline declines as well.
+    * `decline`: how much LAR has lost since its own peak beyond `Thresholds.allowed` per doubling
+      of steps, the slow decline of runs that do not overfit. Silent where the baseline shares it.
     * `grokking`: how much LAR has risen since memorisation (training loss below a twentieth of its
       largest), so that $k = n^{2(1-LAR)}$ is $n^{-2 level}$ of what it was; it rings at two fifths.
       Needs n. Networks may generalise without it (small initialisation).
@@ -121,13 +135,15 @@ class Monitor(eqx.Module):
     windows: Window
     """Three: of LAR, of its distance below the baseline at the same step, and at the same loss."""
     n: int | None = eqx.field(static=True)
+    thresholds: Thresholds = eqx.field(static=True)
 
     @classmethod
-    def init(cls, *, n: int | None = None) -> "Monitor":
+    def init(cls, *, n: int | None = None, thresholds: Thresholds = Thresholds()) -> "Monitor":
         """A monitor that has seen nothing.
 
         Args:
             n: input width of the layer, the base of the logarithm; None where it is not known.
+            thresholds: when to ring; the defaults are calibrated.
 
         Raises:
             ValueError: n < 2.
@@ -139,7 +155,7 @@ class Monitor(eqx.Module):
         before = jnp.full((), -jnp.inf, jnp.float32)
         return cls(
             before, none, none, silent, silent, silent, silent, nan, nan, nan, nan, before,
-            empty, n,
+            empty, n, thresholds,
         )  # fmt: skip
 
     @property
@@ -207,26 +223,29 @@ class Monitor(eqx.Module):
             largest_loss=largest_loss,
             windows=windows,
             n=self.n,
+            thresholds=self.thresholds,
         )
         # Most steps of a run that is logged at every step only add to a point that is pending.
         return jax.lax.cond(heard[0], Monitor._judged, _unchanged, seen, heard)
 
     def _judged(self, heard: Bool[Array, "3"]) -> "Monitor":
         """The signals after the points that have entered the windows."""
+        limits = self.thresholds
         scale = 1 if self.n is None else math.log(WIDTH) / math.log(self.n)
         enough, single, noise, u, level = jax.vmap(_newest)(self.windows)
         level = jnp.where(enough, level, jnp.nan)
         run = jax.tree.map(lambda stacked: stacked[0], self.windows)
         slope = jnp.where(run.enough, run.slope(SLOPE), jnp.nan)
 
-        allowed = DEVIATION * scale + AHEAD * jnp.maximum(slope, 0) + NOISES * noise
+        rising = AHEAD * jnp.maximum(slope, 0)
+        far = limits.deviation * scale + rising + limits.noises * noise
         deviation, matched_loss = (
-            signal.update(self.step, heard[i], level[i], allowed[i], noise[i])
+            signal.update(self.step, heard[i], level[i], far[i], noise[i])
             for i, signal in ((1, self.deviation), (2, self.matched_loss))
         )
 
         def tilted(u: Array, lar: Array) -> Array:
-            return lar + ALLOWED * scale * u  # does not change along the decline that is allowed
+            return lar + limits.allowed * scale * u  # constant along the decline that is allowed
 
         u_peak, lar_peak = run.level(PEAK, single[0])
         held = tilted(jnp.log2(self.peak_step), self.peak_lar)
@@ -240,7 +259,7 @@ class Monitor(eqx.Module):
             self.step,
             heard[0],
             jnp.where(shared | (peak_lar < ALIGNED), jnp.minimum(lost, 0), lost),
-            DECLINE * scale + NOISES * noise[0],
+            limits.decline * scale + limits.noises * noise[0],
             noise[0],
         )
         judged = (deviation, matched_loss, decline, peak_lar, peak_step, slope)
@@ -252,7 +271,8 @@ class Monitor(eqx.Module):
     ) -> tuple[Array, Signal]:
         now = jnp.isnan(self.memorised_lar) & (loss < MEMORISED * largest_loss)
         memorised_lar = jnp.where(now, lar, self.memorised_lar)
-        rise = math.inf if self.n is None else -0.5 * math.log(GROKKED) / math.log(self.n)
+        wanted = 1 / self.thresholds.grokked
+        rise = math.inf if self.n is None else 0.5 * math.log(wanted) / math.log(self.n)
         level, heard = lar - memorised_lar, jnp.isfinite(lar)
         threshold = jnp.full((), rise, jnp.float32)
         signal = self.grokking.update(step, heard, level, threshold, self.grokking.noise)

@@ -8,6 +8,7 @@ WINDOW = 48  # points held
 RESOLUTION = 1 / 64  # doublings: points closer than this are pooled into one
 FEWEST = 6  # points of the smallest mean
 ENOUGH = 12  # points before anything is said
+NOISE_SPAN, NOISE_FEWEST = 1.0, 16  # doublings, and points at least, that the noise is from
 
 
 class Window(eqx.Module):
@@ -92,10 +93,10 @@ class Window(eqx.Module):
         single = jnp.where(self.enough, jnp.maximum(near, far), jnp.inf)
         return jnp.sqrt(single), jnp.sqrt(single * (1 + rho) / (1 - rho))
 
-    def _newest(self, span: float) -> Bool[Array, "window"]:
+    def _newest(self, span: float, fewest: int = FEWEST) -> Bool[Array, "window"]:
         place = jnp.arange(WINDOW)
         recent = self.doublings >= self.doublings[-1] - span
-        return (place >= WINDOW - self.filled) & (recent | (place >= WINDOW - FEWEST))
+        return (place >= WINDOW - self.filled) & (recent | (place >= WINDOW - fewest))
 
     def _residual_variance(self, lag: int) -> Float[Array, ""]:
         before, at, after = (slice(i, i + WINDOW - 2 * lag) for i in (0, lag, 2 * lag))
@@ -103,7 +104,8 @@ class Window(eqx.Module):
         w = (u[after] - u[at]) / jnp.maximum(u[after] - u[before], RESOLUTION / 2)
         r = jnp.abs(y[at] - w * y[before] - (1 - w) * y[after])
         r = r / jnp.sqrt(1 + w * w + (1 - w) * (1 - w))
-        valid = jnp.arange(WINDOW - 2 * lag) >= WINDOW - self.filled
+        # Only the last doubling: the rise of the warm-up is too steep to be told from noise.
+        valid = self._newest(NOISE_SPAN, NOISE_FEWEST)[before]
         return jnp.square(1.4826 * _median(r, valid))
 
 
