@@ -11,7 +11,6 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from ._checks import check_width
 from ._trend import Window
 
-WIDTH = 4096  # the width that the thresholds are for
 AHEAD = 0.1  # doublings a run may be ahead of its baseline, or behind, while LAR rises
 ALIGNED = 0.53  # a peak below this is initialisation: no decline is counted from it
 MEMORISED = 0.05  # of the largest training loss
@@ -21,7 +20,7 @@ CONFIRMATIONS = 2  # consecutive points it takes to start or to end an alarm
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What runs that do not overfit may do, at width 4096; LAR scales as 1 / log n with the width.
+    """What runs that do not overfit may do, in LAR.
 
     The defaults are those at which fewer than one in a hundred such runs alarm, by the procedure of
     `python -m jlar_experiments.monitoring.calibration`; its result is in jlar_experiments/LOG.md.
@@ -98,7 +97,7 @@ class Monitor(eqx.Module):
     logged or on what a step is; each threshold has a floor and a multiple of the noise, which is
     estimated from the run. State: at most 48 points per signal, float32. Each update is a few
     microseconds of arithmetic on scalars, and can be carried through jit, scan, vmap and
-    checkpoints. The floors are those of width 4096, and scale as 1 / log n if n is given.
+    checkpoints.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlar
@@ -142,7 +141,8 @@ class Monitor(eqx.Module):
         """A monitor that has seen nothing.
 
         Args:
-            n: input width of the layer, the base of the logarithm; None where it is not known.
+            n: input width of the layer, the base of the logarithm, for `grokking`; None where it is
+                not known.
             thresholds: when to ring; the defaults are calibrated.
 
         Raises:
@@ -231,21 +231,20 @@ class Monitor(eqx.Module):
     def _judged(self, heard: Bool[Array, "3"]) -> "Monitor":
         """The signals after the points that have entered the windows."""
         limits = self.thresholds
-        scale = 1 if self.n is None else math.log(WIDTH) / math.log(self.n)
         enough, single, noise, u, level = jax.vmap(_newest)(self.windows)
         level = jnp.where(enough, level, jnp.nan)
         run = jax.tree.map(lambda stacked: stacked[0], self.windows)
         slope = jnp.where(run.enough, run.slope(SLOPE), jnp.nan)
 
         rising = AHEAD * jnp.maximum(slope, 0)
-        far = limits.deviation * scale + rising + limits.noises * noise
+        far = limits.deviation + rising + limits.noises * noise
         deviation, matched_loss = (
             signal.update(self.step, heard[i], level[i], far[i], noise[i])
             for i, signal in ((1, self.deviation), (2, self.matched_loss))
         )
 
         def tilted(u: Array, lar: Array) -> Array:
-            return lar + limits.allowed * scale * u  # constant along the decline that is allowed
+            return lar + limits.allowed * u  # constant along the decline that is allowed
 
         u_peak, lar_peak = run.level(PEAK, single[0])
         held = tilted(jnp.log2(self.peak_step), self.peak_lar)
@@ -259,7 +258,7 @@ class Monitor(eqx.Module):
             self.step,
             heard[0],
             jnp.where(shared | (peak_lar < ALIGNED), jnp.minimum(lost, 0), lost),
-            limits.decline * scale + limits.noises * noise[0],
+            limits.decline + limits.noises * noise[0],
             noise[0],
         )
         judged = (deviation, matched_loss, decline, peak_lar, peak_step, slope)

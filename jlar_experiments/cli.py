@@ -2,12 +2,12 @@
 
 import sys
 
-from . import paper, report
+from . import paper, report, watch
 from .grokking import command as grokking
 from .options import Parser
 from .pretraining import command as pretraining
 
-COMMANDS = (grokking, pretraining, paper, report)  # modules with register(commands)
+COMMANDS = (grokking, pretraining, paper, report, watch)  # modules with register(commands)
 
 
 def main(arguments: list[str] | None = None) -> int:

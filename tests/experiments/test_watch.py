@@ -1,0 +1,277 @@
+"""`jlar watch`: logs of every form, the verdicts, exit codes, and what goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jlar_experiments import cli
+from jlar_experiments import watch as command
+from jlar_experiments.monitoring import logs, runs
+
+STEPS = np.arange(50, 10_001, 50)
+
+
+def run(*arguments):
+    try:
+        return cli.main(["watch", *map(str, arguments)])
+    except SystemExit as stop:
+        return stop.code
+
+
+def lar(name, noise=0.002, seed=0):
+    clean = runs.pretraining(name, STEPS.astype(float))
+    return clean + noise * np.random.default_rng(seed).standard_normal(len(STEPS))
+
+
+def table(path, columns, delimiter=","):
+    rows = zip(*columns.values(), strict=True)
+    lines = [delimiter.join(columns), *(delimiter.join(map(str, row)) for row in rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def jsonl(path, **columns):
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def falling(tmp_path):
+    return table(tmp_path / "falling.csv", {"step": STEPS, "lar": lar("muon_400M")})
+
+
+@pytest.fixture
+def steady(tmp_path):
+    return table(tmp_path / "steady.csv", {"step": STEPS, "lar": lar("muon_100B", seed=1)})
+
+
+@pytest.mark.parametrize("name", runs.declines())
+def test_the_papers_runs(name, tmp_path, capsys):
+    log = table(tmp_path / "run.csv", {"step": STEPS, "lar": lar(name)})
+    base = f"{name.split('_')[0]}_100B"
+    baseline = table(tmp_path / "base.csv", {"step": STEPS, "lar": lar(base, seed=1)})
+    for more in ([], ["--baseline", baseline]):
+        code = run(log, "--json", *more)
+        found = json.loads(capsys.readouterr().out)
+        assert code == (3 if found["alarm"] else 0)
+        assert found["alarm"] == (name in runs.OVERFITTING), (name, more, found)
+        if found["alarm"]:
+            assert 500 < found["first_alarm_step"] <= runs.OVERFITTING[name][1], (name, more)
+
+
+def test_json_is_one_object_with_every_signal(falling, steady, capsys):
+    assert run(falling, "--baseline", steady, "--json") == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["alarm"] is True and found["first_alarm_step"] in STEPS
+    assert set(found["signals"]) == {"deviation", "matched_loss", "decline", "grokking"}
+    for signal in found["signals"].values():
+        assert {"level", "threshold", "alarm", "step"} <= set(signal)
+    apart = found["signals"]["deviation"]
+    assert apart["alarm"] and apart["level"] > apart["threshold"] and apart["step"] in STEPS
+    matched = found["signals"]["matched_loss"]  # no training loss: nothing to say
+    assert matched == dict(level=None, threshold=None, alarm=False, step=None, rings_now=False)
+    assert found["says"] == "deviating" and found["points"] == 200
+    assert found["baseline"] == {"same_step_until": 10_000, "same_loss_until": None}
+
+    assert run(steady, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["alarm"] is False and found["first_alarm_step"] is None
+
+
+def test_paragraph(falling, steady, capsys):
+    assert run(falling, "--baseline", steady) == 3
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "ALARM (deviation) since step" in said and "declining" in said
+    assert run(steady) == 0
+    assert "No alarm" in capsys.readouterr().out
+
+
+def test_forms_of_logs(tmp_path, capsys):
+    values, loss = lar("muon_400M"), 10 * STEPS**-0.3
+    wall = {"Wall time": STEPS + 1.7e9, "Step": STEPS, "Value": values}
+    export = {
+        "Step": STEPS,
+        "big-run - lar": values,
+        "big-run - lar__MIN": values,
+        "big-run - lar__MAX": values,
+    }
+    quoted = {f'"{name}"': [f'"{value}"' for value in column] for name, column in export.items()}
+    whole = [{"_step": int(s), "train/lar": float(v)} for s, v in zip(STEPS, values, strict=True)]
+    (tmp_path / "array.json").write_text(json.dumps(whole))
+    forms = [
+        table(tmp_path / "tensorboard.csv", wall),
+        table(tmp_path / "wandb.csv", export),
+        table(tmp_path / "quoted.csv", quoted),
+        table(tmp_path / "tabs.tsv", {"global_step": STEPS, "LAR": values}, "\t"),
+        jsonl(
+            tmp_path / "metrics.jsonl", step=STEPS.tolist(), lar=list(values), train_loss=list(loss)
+        ),
+        tmp_path / "array.json",
+    ]
+    firsts = []
+    for form in forms:
+        assert run(form, "--json") == 3, form
+        firsts.append(json.loads(capsys.readouterr().out)["first_alarm_step"])
+    assert len(set(firsts)) == 1
+    odd = table(tmp_path / "odd.csv", {"t": STEPS, "alignment": values, "nll": loss})
+    names = ["--step-column", "t", "--lar-column", "alignment", "--loss-column", "nll"]
+    assert run(odd, *names, "--baseline", forms[4], "--json") == 0  # the same run twice
+    assert json.loads(capsys.readouterr().out)["baseline"]["same_loss_until"] is not None
+
+
+def test_rows_of_losses_between_rows_of_lar(tmp_path):
+    path = tmp_path / "sparse.jsonl"
+    rows = [{"step": 1, "train_loss": 5.0}, {"step": 2, "lar": 0.5}, {"step": 3, "lar": None}]
+    rows += [{"step": 4, "train_loss": 4.0, "lar": 0.6}, {"step": 5, "lar": float("nan")}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = logs.read(path)
+    np.testing.assert_array_equal(log.step, [2, 4, 5])
+    np.testing.assert_array_equal(log.train_loss, [5, 4, 4])
+    np.testing.assert_array_equal(log.lar, [0.5, 0.6, np.nan])
+
+
+def test_unreadable_lines_are_counted(falling, tmp_path, capsys):
+    lines = falling.read_text().splitlines()
+    lines[20:20] = ["garbage", "1000,not a number", "1,2,3"]
+    falling.write_text("\n".join([*lines, "10050,0."]))  # the last one is torn, and a number
+    assert run(falling, "--json") == 3
+    assert json.loads(capsys.readouterr().out)["unreadable_lines"] == 3
+    assert run(falling) == 3
+    assert "3 lines could not be read" in capsys.readouterr().out
+    torn = jsonl(tmp_path / "torn.jsonl", step=STEPS.tolist(), lar=list(lar("adam_100B")))
+    torn.write_text(torn.read_text() + '{"step": 10050, "la\n[1]\n{"step": 10100, "lar": NaN}\n')
+    assert run(torn, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["unreadable_lines"] == 2 and found["lar_not_finite"] == 1
+
+
+def test_a_restarted_run(tmp_path, capsys):
+    values = lar("muon_400M")
+    order = np.concatenate([np.arange(120), np.arange(80, 200)])
+    log = table(tmp_path / "again.csv", {"step": STEPS[order], "lar": values[order]})
+    assert run(log, "--json") == 3
+    again = json.loads(capsys.readouterr().out)
+    plain = table(tmp_path / "plain.csv", {"step": STEPS, "lar": values})
+    assert run(plain, "--json") == 3
+    once = json.loads(capsys.readouterr().out)
+    assert again["replayed"] == 40 and again["signals"] == once["signals"]
+
+
+def test_the_width_from_k_and_grokking_is_good_news(tmp_path, capsys):
+    epochs = np.arange(20, 1001, 20)
+    values = 0.6 + 0.12 / (1 + np.exp(-(epochs - 500) / 50))
+    loss = np.where(epochs < 100, 4.7, 0.05)
+    k = 128.0 ** (2 * (1 - values))
+    log = table(
+        tmp_path / "grok.csv", {"epoch": epochs, "lar": values, "train_loss": loss, "k_pred": k}
+    )
+    assert run(log, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["width"] == 128 and found["signals"]["grokking"]["alarm"] and not found["alarm"]
+    assert run(log) == 0
+    assert "Good news since step" in capsys.readouterr().out
+
+
+def test_a_short_log_says_so(tmp_path, capsys):
+    log = table(tmp_path / "short.csv", {"step": [10, 20], "lar": [0.5, 0.6]})
+    assert run(log) == 0
+    assert "too few" in capsys.readouterr().out
+
+
+BAD = [
+    (["nowhere.csv"], "nowhere.csv"),
+    (["{log}", "--lar-column", "LAR"], "has no column 'LAR'; it has 'step', 'lar'"),
+    (["{log}", "--step-column", "t"], "has no column 't'; it has 'step', 'lar'"),
+    (["{log}", "--loss-column", "loss"], "has no column 'loss'; it has 'step', 'lar'"),
+    (["{log}", "--baseline", "nowhere.csv"], "nowhere.csv"),
+    (["{log}", "--n", "1"], "--n is the input width"),
+    (["{log}", "--n", "abc"], "--n"),
+    (["{log}", "--only", "seed"], "COLUMN=VALUE"),
+    (["{log}", "--only", "seed=1"], "has no column 'seed'"),
+    (["{log}", "--only", "step=7"], "no row of"),
+    (["{empty}"], "holds no rows"),
+    (["{other}"], "has no column 'lar'; it has 'step', 'accuracy': name it by --lar-column"),
+    (["{two}"], "several columns for --lar-column: 'a - lar', 'b - lar'"),
+    (["{seeds}"], "holds 2 seeds: choose one with --only seed=0"),
+    (["{log}", "--baseline", "{point}"], "two or more different steps"),
+    ([], "LOG"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD)
+def test_bad_input_is_one_line(arguments, named, falling, tmp_path, capsys):
+    paths = {
+        "log": falling,
+        "empty": table(tmp_path / "empty.csv", {"step": [], "lar": []}),
+        "other": table(tmp_path / "other.csv", {"step": [1], "accuracy": [0.5]}),
+        "two": table(tmp_path / "two.csv", {"Step": [1], "a - lar": [0.5], "b - lar": [0.5]}),
+        "seeds": table(tmp_path / "seeds.csv", {"step": [1, 1], "seed": [0, 1], "lar": [0.5, 0.5]}),
+        "point": table(tmp_path / "point.csv", {"step": [1], "lar": [0.5]}),
+    }
+    assert run(*(each.format(**paths) for each in arguments)) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("jlar watch: error")
+    assert named in said.err
+
+
+def test_one_seed_of_several(tmp_path, capsys):
+    both = np.repeat(STEPS, 2), np.tile([0, 1], 200)
+    values = np.stack([lar("muon_400M"), lar("muon_100B")], axis=1).ravel()
+    log = table(tmp_path / "seeds.csv", {"step": both[0], "seed": both[1], "lar": values})
+    assert run(log, "--only", "seed=0") == 3 and run(log, "--only", "seed=1") == 0
+
+
+def test_plot(falling, steady, tmp_path):
+    for name, more in (("alone.png", []), ("both.png", ["--baseline", steady])):
+        assert run(falling, "--plot", tmp_path / name, *more) == 3
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert 10_000 < (tmp_path / name).stat().st_size < 300_000
+
+
+def test_follow_ends_at_the_alarm(falling, tmp_path, monkeypatch, capsys):
+    lines = falling.read_text().splitlines(keepends=True)
+    log = tmp_path / "growing.csv"
+    log.write_text(lines[0])
+    left = iter(["".join(lines[1:60]) + lines[60][:4], lines[60][4:], *lines[61:]])
+    slept = []
+
+    def grow(seconds):
+        slept.append(seconds)
+        with log.open("a") as file:
+            file.write(next(left))
+
+    monkeypatch.setattr(command.time, "sleep", grow)
+    assert run(log, "--follow", "--json") == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == found["first_alarm_step"] and found["unreadable_lines"] == 0
+    assert run(falling, "--json") == 3
+    assert json.loads(capsys.readouterr().out)["first_alarm_step"] == found["first_alarm_step"]
+    assert len(slept) > 10
+
+
+def test_follow_ends_at_ctrl_c(steady, monkeypatch, capsys):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", interrupted)
+    assert run(steady, "--follow") == 0
+    said = capsys.readouterr()
+    assert "No alarm" in said.out and "step 10000" in said.err
+
+
+def test_help_fits_and_loads_nothing_heavy(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    assert run("--help") == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 90
+    for option in ("--baseline", "--n", "--json", "--follow", "--plot", "--lar-column", "--only"):
+        assert option in said
+    code = "import sys, jlar_experiments.watch; assert not {'jax', 'numpy'} & set(sys.modules)"
+    root = str(Path(cli.__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": root})
