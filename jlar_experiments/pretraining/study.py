@@ -1,6 +1,7 @@
 """One pre-training run from its first step, or its last checkpoint, to its end."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -100,9 +101,11 @@ class Study:
 
     def __init__(self, config: PretrainConfig, folder: Path, tokens: Path):
         self.config, self.folder = config, folder
-        mesh = sharding.mesh(config.tensor)
         self.iterator = data.batches(config, tokens, 0)
-        self.program = train.Program(config, mesh)
+        self.program = _program(
+            dataclasses.replace(config, seed=0, unique_tokens=config.length, corpus="")
+        )
+        mesh = self.program.mesh
         validation = data.validation(config, tokens)
         place = NamedSharding(mesh, PartitionSpec(None, *sharding.BATCH))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
@@ -130,7 +133,7 @@ class Study:
             self.iterator.set_state({"next_index": int(position)})
             say(f"continuing from step {self.step}")
         else:
-            self.state = self.program.initial()
+            self.state = self.program.initial(self.config.seed)
         if self.writes:
             for name in ("metrics.jsonl", "inspections.jsonl"):
                 records.keep(self.folder / name, lambda row: row["step"] < self.step)
@@ -211,6 +214,12 @@ class Study:
         self.write()
         position = jax.device_put(np.int32(data.position(self.iterator)), self.everywhere)
         self.checkpoints.save(self.step, (self.state, position))
+
+
+@functools.lru_cache(maxsize=2)
+def _program(config: PretrainConfig) -> train.Program:
+    """The runs of a preset differ in their data and seed: what one has compiled serves the next."""
+    return train.Program(config, sharding.mesh(config.tensor))
 
 
 def _numbers(arrays: dict[str, np.ndarray]) -> records.Row:

@@ -84,7 +84,7 @@ class Program:
     def __init__(self, config: PretrainConfig, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self._optimiser = optimiser(config)
-        shapes = jax.eval_shape(self._initial)
+        shapes = jax.eval_shape(self._initial, 0)
         self.places = shardings(shapes, mesh)
         self.abstract_state: State = abstract(shapes, self.places)
         self.batch_place = NamedSharding(mesh, BATCH)
@@ -92,7 +92,14 @@ class Program:
         self.abstract_batch = jax.ShapeDtypeStruct(
             (config.batch, config.length + 1), jnp.int32, sharding=self.batch_place
         )
-        self.initial = jax.jit(self._initial, out_shardings=self.places)
+
+    def initial(self, seed: int | None = None) -> State:
+        """The state before the first step, of the configuration's seed unless another is given."""
+        return self._initialisation(self.config.seed if seed is None else seed)
+
+    @cached_property
+    def _initialisation(self) -> Any:
+        return jax.jit(self._initial, out_shardings=self.places)
 
     @cached_property
     def step(self) -> Any:
@@ -116,8 +123,8 @@ class Program:
     def _losses(self, model: Decoder, tokens: Batch, probes: Probes | None = None) -> Any:
         return losses(self.config, model, tokens, probes, self._hidden_place)
 
-    def _initial(self) -> State:
-        model = Decoder(self.config, jax.random.key(self.config.seed))
+    def _initial(self, seed: int | Int[Array, ""]) -> State:
+        model = Decoder(self.config, jax.random.key(seed))
         return State(jnp.zeros((), jnp.int32), model, self._optimiser.init(model))
 
     def _step(self, state: State, batch: Batch) -> tuple[State, Metrics]:

@@ -87,29 +87,46 @@ def test_records(whole, config, tokens):
     assert not start(config, whole, tokens)  # finished
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_runs_end_with_the_same_numbers(whole, text, tmp_path, signal_number):
+def same(folder, whole):
+    assert rows(folder) == rows(whole)
+    assert rows(folder, "inspections.jsonl") == rows(whole, "inspections.jsonl")
+
+
+def test_a_killed_run_ends_with_the_same_numbers(whole, text, tmp_path):
     """With as many devices as this process has: sums over eight are others than over one."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment["PYTHONPATH"] = str(Path(study.__file__).parents[2])
     command = [sys.executable, "-m", "jlar_experiments.cli", "pretrain", *OPTIONS]
     command += [f"--corpus={text}", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    checkpoints = tmp_path / "run" / "checkpoints"
-    while process.poll() is None and not (checkpoints / "8").exists():
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "run" / "checkpoints" / "8").exists():
         time.sleep(0.005)
-    process.send_signal(signal_number)
-    said = process.communicate(timeout=120)[1]
-    if signal_number == signal.SIGTERM:
-        assert process.returncode == 143 and "the same command continues" in said, said
-        saved = max(int(each.name) for each in checkpoints.iterdir())
-        assert f"saving step {saved}" in said
-        assert len(rows(tmp_path / "run")) == saved  # whole rows, up to the checkpoint
+    process.send_signal(signal.SIGKILL)
+    process.wait()
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "continuing from step" in done.stderr, done.stderr
-    assert rows(tmp_path / "run") == rows(whole)
-    assert rows(tmp_path / "run", "inspections.jsonl") == rows(whole, "inspections.jsonl")
+    same(tmp_path / "run", whole)
+
+
+def test_sigterm_saves_first(whole, config, tokens, tmp_path, monkeypatch, capsys):
+    advance = study.Study.advance
+
+    def interrupted(self):
+        advance(self)
+        if self.step == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(study.Study, "advance", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(study.Terminated):
+        start(config, tmp_path / "run", tokens)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "saving step 13" in capsys.readouterr().err and len(rows(tmp_path / "run")) == 13
+    assert (tmp_path / "run" / "checkpoints" / "13").exists()
+    monkeypatch.setattr(study.Study, "advance", advance)
+    assert start(config, tmp_path / "run", tokens)
+    same(tmp_path / "run", whole)
 
 
 def copied(whole, tmp_path):
