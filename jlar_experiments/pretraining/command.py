@@ -42,6 +42,12 @@ def register_paper(studies: Any) -> None:
     parser.set_defaults(command=paper, parser=parser)
     _where(parser, "folder of the runs [runs/<preset>]")
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds of every run [preset's]")
+    parser.add_argument(
+        "--sizes",
+        type=sizes,
+        metavar="N,N,...",
+        help="unique tokens of each data set, the baseline's first [preset's]",
+    )
     settings = parser.add_argument_group("instead of the preset's setting, in every run")
     options.add_settings(settings, PretrainConfig, given_only=True)
 
@@ -68,6 +74,14 @@ def _where(parser: Any, folder: str) -> None:
         help="one of several processes that train together; alone where jax finds the others (TPU "
         "pods, SLURM), else the address of the first, their number and the index of this one",
     )
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """Numbers of tokens, the largest first."""
+    numbers = tuple(int(each) for each in text.split(","))
+    if list(numbers) != sorted(set(numbers), reverse=True):
+        raise ValueError
+    return numbers
 
 
 def processes(text: str) -> dict[str, Any]:
@@ -134,15 +148,16 @@ def paper(arguments: argparse.Namespace) -> int:
     if arguments.seeds is not None and arguments.seeds < 1:
         parser.error(f"--seeds must be at least 1; got {arguments.seeds}")
     preset, given = PRESETS[arguments.preset], _given(arguments)
+    arms = preset.arms(sizes=arguments.sizes, seeds=arguments.seeds, **given)
     if swept := {"optimiser", "unique_tokens", "seed"} & given.keys():
         name = "--" + min(swept).replace("_", "-")
         parser.error(f"{name} differs between the runs; jlar pretrain takes it for one run")
     root = arguments.out or RUNS / arguments.preset
     try:
-        arms = [dataclasses.replace(arm, **given) for arm in preset.arms(arguments.seeds)]
+        runs = [(arm, root / preset.name(arm)) for arm in arms]
     except ValueError as error:
         parser.error(options.as_options(str(error), list(_settings())))
-    code = _trained(arguments, root, [(arm, root / preset.name(arm)) for arm in arms])
+    code = _trained(arguments, root, runs)
     return code if code else _report(root)
 
 

@@ -40,14 +40,18 @@ class Preset:
         shown = f"{config.unique_tokens}tokens"
         return "-".join([config.optimiser, shown, f"seed{config.seed}", *different])
 
-    def arms(self, seeds: int | None = None) -> Iterator[PretrainConfig]:
-        """All runs, the baseline of each optimiser first."""
-        seeds = seeds or self.seeds
+    def arms(
+        self, *, sizes: tuple[int, ...] | None = None, seeds: int | None = None, **settings: Any
+    ) -> Iterator[PretrainConfig]:
+        """All runs, the baseline of each optimiser first; the settings are the same in all."""
+        sizes, seeds = sizes or self.sizes, seeds or self.seeds
         for optimiser in self.optimisers:
-            for size in self.sizes:
-                count = max(seeds, self.baseline_seeds) if size == self.sizes[0] else seeds
+            for size in sizes:
+                count = max(seeds, self.baseline_seeds) if size == sizes[0] else seeds
                 for seed in range(count):
-                    yield self.config(optimiser=optimiser, unique_tokens=size, seed=seed)
+                    yield self.config(
+                        **{**settings, "optimiser": optimiser, "unique_tokens": size, "seed": seed}
+                    )
 
 
 class BytesTiny(Preset):
