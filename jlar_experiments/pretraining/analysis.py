@@ -68,9 +68,11 @@ class Run:
 
     @property
     def overfits(self) -> bool:
-        """Whether a mean of five validation losses ends 2% above the lowest."""
+        """Whether the mean of five validation losses ends 2% above the lowest such mean."""
         losses = self.curve("val_loss")[self.validated]
-        return bool(losses[-5:].mean() > 1.02 * losses.min())
+        width = min(5, len(losses))
+        means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        return bool(means[-1] > 1.02 * means.min())
 
     @property
     def label(self) -> str:
