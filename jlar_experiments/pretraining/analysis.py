@@ -153,6 +153,12 @@ class Pair:
         both = np.intersect1d(self.run.validated, self.base.validated)
         return both[both >= START * self.run.config.steps]
 
+    @property
+    def every_D(self) -> Curve:
+        """LAR_baseline - LAR_run at every step of both; one of them may still be training."""
+        both = min(len(self.base.lar), len(self.run.lar))
+        return self.base.lar[:both] - self.run.lar[:both]
+
     @cached_property
     def D(self) -> Float[np.ndarray, " logs"]:
         """LAR_baseline - LAR_run."""
@@ -187,14 +193,15 @@ class Pair:
 
 
 def pairs(runs: Sequence[Run]) -> list[Pair]:
-    """Every run with its baseline."""
-    return [Pair(run, base) for run in runs if (base := baseline(run, runs)) is not None]
+    """Every run with its baseline, where there is anything to compare yet."""
+    found = [Pair(run, base) for run in runs if (base := baseline(run, runs)) is not None]
+    return [pair for pair in found if len(pair.steps)]
 
 
 def floors(runs: Sequence[Run]) -> list[Pair]:
     """Baselines with baselines of another seed: what D is where nothing differs."""
     largest = [run for run in runs if baseline(run, runs) is None]
-    return [
+    found = [
         Pair(run, base)
         for base in largest
         for run in largest
@@ -202,6 +209,7 @@ def floors(runs: Sequence[Run]) -> list[Pair]:
         and run.label == base.label
         and run.config.unique_tokens == base.config.unique_tokens
     ]
+    return [pair for pair in found if len(pair.steps)]
 
 
 def pearson(a: Float[np.ndarray, " n"], b: Float[np.ndarray, " n"]) -> float:

@@ -128,15 +128,14 @@ def _differential(runs: list[Run]) -> Figure:
     for name, (above, below) in zip(names, grid.T, strict=True):
         own = [pair for pair in found if pair.run.config.optimiser == name]
         for pair, colour in zip(own, _by_size(own), strict=True):
-            every = pair.base.lar - pair.run.lar
             first = pair.run.config.seed == min(each.run.config.seed for each in own)
             above.plot(
                 pair.run.validated, pair.run.gap, color=colour, linewidth=1.2,
                 label=_size(pair.run) if first else None,
             )  # fmt: skip
-            below.plot(smoothed(every, 10), color=colour, linewidth=1)
+            below.plot(smoothed(pair.every_D, 10), color=colour, linewidth=1)
         for pair in floors([run for run in runs if run.config.optimiser == name]):
-            below.plot(smoothed(pair.base.lar - pair.run.lar, 10), color="grey", linewidth=0.7)
+            below.plot(smoothed(pair.every_D, 10), color="grey", linewidth=0.7)
         above.set_title(f"{name}: generalisation gap")
         above.legend()
         below.set(xlabel="step", ylabel="D = LAR$_{baseline}$ - LAR")
