@@ -87,7 +87,12 @@ def read(folder: Path) -> Run:
     """The run in this folder."""
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = GrokConfig(**stored.pop("settings"))
-    lines = timelines(config, records.read(folder / "metrics.jsonl"))
+    rows = records.read(folder / "metrics.jsonl")
+    fitted = records.read(folder / "alpha.jsonl")  # by benchmarks/alpha.py, where it was run
+    alphas = {(each["seed"], each["epoch"]): each["alpha"] for each in fitted}
+    for row in rows if alphas else ():
+        row["alpha"] = alphas.get((row["seed"], row["epoch"]))
+    lines = timelines(config, rows)
     return Run(config, stored, lines, records.read(folder / "spectra.jsonl"))
 
 
