@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from ..config import GrokConfig
-from .analysis import Run, Timeline
+from ..records import Row
+from .analysis import SHARE, Run, Timeline
 from .dating import Rule, chosen, crossing, score, series
-from .plates import label, lines
+from .plan import SMALL_P
+from .plates import cells, label, lines
 
 Table = list[list[str]]
 CANDIDATES = ("k95", "logits_rank99", "fourier_k99", "logits_pr")
@@ -18,16 +20,17 @@ MEASURES = ("k_pred", "pr_q", "k95", "logits_pr", "logits_rank99", *WEIGHTS)
 
 def tables(runs: Sequence[Run]) -> dict[str, tuple[str, str, Table]]:
     """Name -> title, caption and rows; a table without records has its header only."""
-    dated = [run for run in runs if run.config.seed >= 3 and run.config.spectra_every <= 20]
+    small = [run for run in runs if run.config.p == SMALL_P]
+    mlp = [run for run in small if run.config.model == "mlp"]
+    dated = [run for run in small if _is_default(run.config)]
+    where = [run for run in small if run not in mlp and _plain_task(run.config)]
     first, second = halves(dated)
-    where = [run for run in runs if run.config.log_every == 5 and run not in dated]
     rules = tuple(chosen(first, "k_pred", kind, falls=True) for kind in ("ratio", "slope"))
-    mlp = [run for run in runs if run.config.model == "mlp"]
     return {
         "which_k": ("Which definition of the effective dimension k predicts", WHICH, which_k(runs)),
         "dating": ("Dating without validation data", DATING, dating(dated, rules)),
         "comparators": ("Comparators, by the same rule", COMPARED, comparators(first, second)),
-        "where": ("Where it holds: x+y mod 97, 50%", WHERE, where_it_holds(where, rules)),
+        "where": ("Where it holds: x+y mod 31", WHERE, where_it_holds(where, rules)),
         "mlp": ("The one-hot MLP, without a bottleneck", MLP, where_it_holds(mlp, rules)),
     }
 
@@ -46,19 +49,20 @@ COMPARED = (
     "the second. lag: alarm minus the epoch of 95% validation accuracy."
 )
 WHERE = (
-    "Norm, embedding scale at initialisation, tied weights, decay of the norms' gains. alarm: by "
-    "the rules of the dating table, ratio and slope."
+    "Means over seeds, from the first log with training accuracy above 99% to the end; spread is "
+    "the participation ratio. dated: runs whose 95% was dated to within 25% by the rules of the "
+    "dating table, ratio and slope."
 )
-MLP = "Width 512, x+y mod 97, 50%."
+MLP = "Width 256; columns as above."
 
 
 def halves(runs: Iterable[Run]) -> tuple[list[Timeline], list[Timeline]]:
     """Runs to choose thresholds on, and runs to judge them on."""
     first, second = [], []
     for run in runs:
-        config = run.config
-        half = config.train_fraction == 0.5 and not config.shuffled_labels
-        (first if half and config.task in ("x+y", "x/y") else second).extend(lines([run]))
+        same = run.config.train_fraction == 0.6 and not run.config.shuffled_labels
+        half = first if same and run.config.task in ("x+y", "x/y") else second
+        half.extend(lines([run]))
     return first, second
 
 
@@ -77,8 +81,13 @@ def which_k(runs: Sequence[Run]) -> Table:
 
 
 def _is_default(config: GrokConfig) -> bool:
-    changed = ("norm", "embedding_scale", "tied", "decay_gains", "weight_decay")
+    changed = ("model", "norm", "embedding_scale", "tied", "decay_gains")
     return all(getattr(config, name) == getattr(GrokConfig, name) for name in changed)
+
+
+def _plain_task(config: GrokConfig) -> bool:
+    plain = config.task == "x+y" and config.weight_decay and not config.shuffled_labels
+    return bool(plain) and config.train_fraction == 0.6
 
 
 def _ratios(runs: Iterable[Run], name: str, share: bool) -> list[float]:
@@ -151,35 +160,36 @@ def comparators(first: Sequence[Timeline], second: Sequence[Timeline]) -> Table:
 
 
 def where_it_holds(runs: Sequence[Run], rules: Sequence[Rule]) -> Table:
-    """One line per seed: LAR, k, k95, and the spreads of p and q from memorised to final."""
-    columns: list[str] = [
-        "run",
-        "95% at",
-        "LAR memorised, final",
-        "k",
-        "k95",
-        "k/k95",
-        "spread of p",
-        "spread of q",
-        "val acc",
-        "alarm",
+    """One line per set-up, means over seeds: from memorised (-> training accuracy) to the end."""
+    table: Table = [
+        ["set-up", "n", "95% at", "LAR", "k", "k95", "k/k95", "spread of p", "spread of q", "dated"]
     ]
-    table = [columns]
-    for run in runs:
-        for line in run.seeds.values():
-            known = next((row for row in line.rows if row["train_acc"] > 0.99), None)
-            last = line.rows[-1]
-            cells = [label(run.config).partition("%, ")[2] or "default"]
-            cells.append(_epoch(crossing(line, 0.95)))
-            for name, digits in (("lar", 3), ("k_pred", 0), ("k95", 0)):
-                cells.append(" ".join(_value(row, name, digits) for row in (known, last)))
-            cells.append(f"{last['k_pred'] / last['k95']:.2f}")
-            for name in ("pr_p", "pr_q"):
-                cells.append(" ".join(_value(row, name, 0) for row in (known, last)))
-            cells.append(_value(last, "val_acc", 2))
-            table.append([*cells, " ".join(_epoch(rule.alarm(line)) for rule in rules)])
+    for name, own in cells(runs).items():
+        members = lines(own)
+        dates = [crossing(line, 0.95) for line in members]
+        ends = [(_known(line), line.rows[-1]) for line in members]
+        row = [name.partition("% of pairs, ")[2] or "default", str(len(members))]
+        row.append(_mean([date for date in dates if date is not None], 0, of=len(members)))
+        for measure, digits in (("lar", 3), ("k_pred", 1), ("k95", 0)):
+            row.append(_change(ends, measure, digits))
+        row.append(_mean([last["k_pred"] / last["k95"] for _, last in ends], 2))
+        row += [_change(ends, measure, 1) for measure in ("pr_p", "pr_q")]
+        near = [score(rule, members).near for rule in rules]
+        table.append([*row, " ".join(str(each) for each in near)])
     return table
 
 
-def _value(row: dict | None, name: str, digits: int) -> str:
-    return "-" if row is None or row[name] is None else f"{row[name]:.{digits}f}"
+def _known(line: Timeline) -> Row:
+    """The first log at which the training set was learnt, or the first log."""
+    return next((row for row in line.rows if row["train_acc"] > SHARE), line.rows[0])
+
+
+def _change(ends: Sequence[tuple[Row, Row]], name: str, digits: int) -> str:
+    before, after = (_mean([pair[i][name] for pair in ends], digits) for i in (0, 1))
+    return f"{before} -> {after}"
+
+
+def _mean(values: Sequence[float], digits: int, of: int | None = None) -> str:
+    """The mean, and how many of `of` there are if some are missing."""
+    missing = f" ({len(values)} of {of})" if of is not None and len(values) < of else ""
+    return f"{np.mean(values):.{digits}f}{missing}" if values else "-"
