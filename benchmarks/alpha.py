@@ -4,8 +4,8 @@
     python benchmarks/alpha.py RUN [RUN ...]
 
 Alpha is a fit to the squared singular values, so a diagonal matrix with the recorded spectrum p has
-the alpha of the weights. Writes alpha.jsonl into the folder of each run, where `jlar paper grokking`
-finds it; `--spectra-every` says how often there is a spectrum. The package prints a good deal.
+the alpha of the weights. Writes alpha.jsonl into the folder of each run, where `jlar paper` finds
+it; `--spectra-every` says how often there is a spectrum. The package prints a good deal.
 """
 
 import json
