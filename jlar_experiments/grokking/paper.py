@@ -66,22 +66,18 @@ def grokking(arguments: argparse.Namespace) -> int:
 
     parser: Parser = arguments.parser
     try:
-        planned = list(_prepared(paper, arguments.out))
-    except (study.Refused, OSError) as error:
+        _make_ready(arguments.out)
+        _train(paper, arguments.out, until, arguments.checkpoint_seconds)
+    except (study.Refused, Unsaved, OSError) as error:
         parser.error(str(error))
-    try:
-        _train(planned, until, arguments.checkpoint_seconds)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command continues {arguments.out}", file=sys.stderr)
         return 130
-    except Unsaved as error:
-        parser.error(str(error))
     print(report.write(arguments.out))
     return 0
 
 
-def _prepared(paper: PaperConfig, out: Path) -> Iterator[Planned]:
-    """Every run with its folder, ready; one that is there and longer stays as long."""
+def _make_ready(out: Path) -> None:
     from . import study
 
     if out.exists() and any(out.iterdir()) and report.study(out) != STUDY:
@@ -89,24 +85,23 @@ def _prepared(paper: PaperConfig, out: Path) -> Iterator[Planned]:
     out.mkdir(parents=True, exist_ok=True)
     described = {"study": STUDY, **records.environment()}
     records.write_whole(out / "config.json", json.dumps(described, indent=2) + "\n")
-    for config in paper.runs():
-        folder = out / folder_name(config)
-        longest = study.longest(config, folder)
-        study.prepare(longest, folder, fresh=False)
-        yield longest, folder
 
 
-def _train(planned: Sequence[Planned], until: float, checkpoint_seconds: float) -> None:
+def _train(paper: PaperConfig, out: Path, until: float, checkpoint_seconds: float) -> None:
+    """Every run that is not finished; one that is there and longer stays as long."""
     from ..progress import say
-    from . import ensemble
+    from . import ensemble, study
 
+    folders = [(each, out / folder_name(each)) for each in paper.runs()]
+    planned = [(study.longest(each, folder), folder) for each, folder in folders]
     groups = list(_groups(planned))
     for number, group in enumerate(groups, start=1):
         if time.monotonic() >= until:
             say("the time is up; the same command goes on")
             return
-        names = ", ".join(folder.name for _, folder in group)
-        say(f"{number} of {len(groups)}: {names}")
+        say(f"{number} of {len(groups)}: {', '.join(folder.name for _, folder in group)}")
+        for config, folder in group:
+            study.prepare(config, folder, fresh=False)
         ensemble.together(group, checkpoint_seconds=checkpoint_seconds, until=until)
 
 

@@ -64,7 +64,7 @@ def test_calls_add_up_and_an_interrupted_one_goes_on(tmp_path, monkeypatch, caps
     monkeypatch.setattr(plan.PaperConfig, "runs", runs)
     out = tmp_path / "out"
     command = ["paper", "grokking", "--out", str(out)]
-    assert cli.main([*command, "--minutes=0"]) == 0  # no time at all: nothing but the folders
+    assert cli.main([*command, "--minutes=0"]) == 0  # no time at all
     assert not list(out.glob("*/metrics.jsonl"))
     assert cli.main(command) == 0
     [first] = out.glob("*/metrics.jsonl")
