@@ -3,12 +3,15 @@
 from . import losses as losses
 from . import nn as nn
 from . import probes as probes
+from . import sharded as sharded
 from ._baseline import Baseline as Baseline
 from ._energies import Energies as Energies
 from ._energies import energies as energies
 from ._energies import lar as lar
 from ._lar import effective_dimension as effective_dimension
 from ._lar import participation_ratio as participation_ratio
+from ._moments import Moments as Moments
+from ._moments import moments as moments
 from ._monitor import Monitor as Monitor
 from ._monitor import Signal as Signal
 from ._monitor import Thresholds as Thresholds

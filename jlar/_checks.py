@@ -1,11 +1,10 @@
 """The contract of (W, X, Y, mask), checked at trace time; errors say what to write instead."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
+
+from . import _mesh as mesh
 
 NATIVE = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
@@ -27,8 +26,25 @@ def real_array(a: ArrayLike, name: str) -> Array:
     return a
 
 
-def check_weights(W: ArrayLike) -> Array:
-    """W as a (m, n) array with n >= 2, or ValueError."""
+def operands(
+    W: ArrayLike,
+    X: ArrayLike,
+    mask: ArrayLike | None,
+    split: mesh.Split,
+) -> tuple[Array, Array, Bool[Array, "..."] | None, mesh.Split]:
+    """W, X with its masked tokens zero, the boolean mask and what splits them; or ValueError."""
+    W = check_weights(W, mesh.size(split.n))
+    m, n = W.shape[0], W.shape[1] * mesh.size(split.n)
+    if jnp.shape(X)[-1:] == (n,):
+        split = split._replace(columns=())  # X comes whole although W does not
+    X, keep = check_inputs(X, n // mesh.size(split.columns), m, mask)
+    mesh.check_varies(W, "W", split.m + split.n)
+    mesh.check_varies(X, "X", split.t + split.columns)
+    return W, X, keep, split
+
+
+def check_weights(W: ArrayLike, parts: int = 1) -> Array:
+    """W as a (m, n) array with n >= 2 in all its parts, or ValueError."""
     W = real_array(W, "W")
     if W.ndim != 2:
         raise ValueError(
@@ -38,7 +54,7 @@ def check_weights(W: ArrayLike) -> Array:
     m, n = W.shape
     if m == 0:
         raise ValueError(f"W must have at least one row; got shape {W.shape}.")
-    check_width(n, "W")
+    check_width(n * parts, "W")
     return W
 
 
@@ -101,25 +117,16 @@ def zero_masked(X: Array, keep: Array | None) -> Array:
     return jnp.where(keep, X, jnp.zeros((), X.dtype))
 
 
+def native(A: Array, acc: jnp.dtype) -> Array:
+    """`A` in its own dtype where hardware multiplies it, else in `acc`."""
+    return A if A.dtype in NATIVE else A.astype(acc)
+
+
 def product(X: Array, W: Array, acc: jnp.dtype) -> Array:
     """X W^T accumulated in `acc`, from operands in their own dtype where hardware multiplies it."""
     if X.dtype != W.dtype or X.dtype not in NATIVE:
         X, W = X.astype(acc), W.astype(acc)
     return jnp.matmul(X, W.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=acc)
-
-
-def gram(A: Float[Array, "t n"], acc: jnp.dtype) -> Float[Array, "n n"]:
-    """A^T A accumulated in `acc`, whole on every device that holds a part of A."""
-    return unsharded(lambda A: product(A.T, A.T, acc))(A)
-
-
-def unsharded(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` with a result that is whole on every device, whatever the sharding of its arguments.
-
-    Under a mesh of explicit axes a sum over a sharded axis, an eigh or an SVD is refused without
-    it; under automatic axes, or with no mesh, it changes nothing.
-    """
-    return jax.sharding.auto_axes(f, out_sharding=jax.sharding.PartitionSpec())
 
 
 def finite_part(A: Float[Array, "*stack m n"]) -> tuple[Array, Float[Array, "*stack"]]:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks as check
+from . import _mesh as mesh
 from ._lar import effective_dimension, log_ratio
 from ._pool import Pool, counts
 
@@ -63,28 +64,50 @@ class Energies(Pool):
 
 
 def measure(
-    W: Float[ArrayLike, "m n"],
-    X: Float[ArrayLike, "*t n"],
-    Y: Float[ArrayLike, "*t m"] | None,
-    mask: Shaped[ArrayLike, "*t"] | None,
+    W: ArrayLike, X: ArrayLike, Y: ArrayLike | None, mask: ArrayLike | None, split: mesh.Split
 ) -> Energies:
-    """The differentiable sums behind `lar` and `energies`."""
-    W = check.check_weights(W)
-    m, n = W.shape
-    X, keep = check.check_inputs(X, n, m, mask)
+    """The differentiable sums behind `lar` and `energies`, of one device's parts of W, X and Y."""
+    W, X, keep, split = check.operands(W, X, mask, split)
     acc = check.accumulator(W, X)
-    Y = check.product(X, W, acc) if Y is None else check.check_outputs(Y, X, m, keep)
-    return sums(W, X, Y, keep, X.shape[:-1], n)
+    if Y is not None:
+        y = energy(check.check_outputs(Y, X, W.shape[0] * mesh.size(split.gathered), keep), acc)
+    elif parts := split.n + split.columns + split.gathered:
+        raise ValueError(
+            f"Y must be given where the axes {parts} split W or X so that no device can compute "
+            "its part of X W^T: pass the layer's own Y, summed over the axes of the inputs, or "
+            "take jlar.grams(...).energies, which needs none."
+        )
+    else:
+        y = mesh.unsharded(lambda W, X: energy(check.product(X, W, acc), acc))(W, X)
+    return sums(W, X, y, keep, X.shape[:-1], W.shape[1] * mesh.size(split.n), split)
+
+
+def energy(a: Array, acc: jnp.dtype) -> Float[Array, ""]:
+    """Sum of squares."""
+    return jnp.sum(jnp.square(a.astype(acc)))
 
 
 def sums(
-    W: Array, X: Array, Y: Array, keep: Array | None, tokens: tuple[int, ...], n: int
+    W: Array,
+    X: Array,
+    y: Float[Array, ""],
+    keep: Array | None,
+    tokens: tuple[int, ...],
+    n: int,
+    split: mesh.Split,
 ) -> Energies:
-    """The sums themselves, of arrays in any layout whose masked tokens are zero."""
-    acc = check.accumulator(W, X, Y)
-    kept, total = counts(keep, tokens, acc)
-    y, x, w = (jnp.sum(jnp.square(a.astype(acc))) for a in (Y, X, W))
-    return Energies(y=y, x=x, w=w, calls=jnp.ones((), acc), kept=kept, total=total, n=n)
+    """Sums over all devices, of W and X in any layout with masked tokens zero, and of their y."""
+    acc = check.accumulator(W, X, y)
+    kept, seen = counts(keep, tokens, acc, split)
+    return Energies(
+        y=mesh.total(y.astype(acc), split.t + split.outputs, split),
+        x=mesh.total(energy(X, acc), split.t + split.columns, split),
+        w=mesh.total(energy(W, acc), split.m + split.n, split),
+        calls=jnp.ones((), acc),
+        kept=kept,
+        total=seen,
+        n=n,
+    )
 
 
 def energies(
@@ -93,6 +116,7 @@ def energies(
     *,
     Y: Float[ArrayLike, "*t m"] | None = None,
     mask: Shaped[ArrayLike, "*t"] | None = None,
+    axes: mesh.Axes | None = None,
 ) -> Energies:
     """Sums of squares of W, X and Y = X W^T, from which LAR follows and which pool over batches.
 
@@ -107,6 +131,10 @@ def energies(
         X: inputs (..., n), any number of leading token axes; bf16 and smaller sum in float32.
         Y: X W^T (..., m), if already computed: before bias, soft-cap and temperature.
         mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+        axes: inside `jax.shard_map`, the mesh axes that split tokens, outputs and inputs, such as
+            `{"t": "data", "m": "model"}`; the result is that of the whole arrays, on every device,
+            by sums of a few scalars. Where an axis splits "n", or both "m" and "t" (FSDP), Y has to
+            be given: one device could not compute it.
 
     Returns:
         `Energies`, scalar fields, float32 (float64 if an input is). Entries of W, X and Y between
@@ -125,7 +153,7 @@ def energies(
         >>> print(f"{e.lar:.4f} {e.effective_dimension:.1f} {e.keep_rate}")
         0.5024 62.7 1.0
     """
-    return jax.lax.stop_gradient(measure(W, X, Y, mask))
+    return jax.lax.stop_gradient(measure(W, X, Y, mask, mesh.split(axes)))
 
 
 def lar(
@@ -134,6 +162,7 @@ def lar(
     *,
     Y: Float[ArrayLike, "*t m"] | None = None,
     mask: Shaped[ArrayLike, "*t"] | None = None,
+    axes: mesh.Axes | None = None,
 ) -> Float[Array, ""]:
     r"""Log-alignment ratio of a weight matrix W and the inputs X it multiplies.
 
@@ -151,6 +180,8 @@ def lar(
         X: inputs (..., n), any number of leading token axes.
         Y: X W^T (..., m), if already computed: before bias, soft-cap and temperature.
         mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+        axes: inside `jax.shard_map`, the mesh axes that split each dimension, as in
+            `jlar.energies`.
 
     Returns:
         A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero or
@@ -167,4 +198,4 @@ def lar(
         >>> print(f"{jlar.lar(W, W):.3f}")  # inputs along the rows of W
         0.583
     """
-    return measure(W, X, Y, mask).lar
+    return measure(W, X, Y, mask, mesh.split(axes)).lar

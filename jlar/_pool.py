@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from . import _mesh as mesh
+
 # A count is held as two floats, high * BASE + low, because statistics have to be floating point to
 # travel as cotangents (jlar.probes) and one float32 stops counting at 2^24. Plain addition, which
 # is what JAX does to cotangents, stays exact for 2^24 / BASE = 16,384 pooled calls and 2^34 tokens.
@@ -26,11 +28,14 @@ def from_limbs(limbs: Float[ArrayLike, "*stack 2"]) -> Int[Array, "*stack"]:
 
 
 def counts(
-    keep: Bool[Array, "*t"] | None, tokens: tuple[int, ...], dtype: jnp.dtype
+    keep: Bool[Array, "*t"] | None, tokens: tuple[int, ...], dtype: jnp.dtype, split: mesh.Split
 ) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
-    """(kept, total) tokens of one call as limbs."""
-    total = jnp.array(divmod(math.prod(tokens), BASE), dtype)
-    return total if keep is None else to_limbs(jnp.sum(keep, dtype=jnp.int32), dtype), total
+    """(kept, total) tokens of one call on all devices as limbs."""
+    total = jnp.array(divmod(math.prod(tokens) * mesh.size(split.t), BASE), dtype)
+    if keep is None:
+        return total, total
+    kept = to_limbs(jnp.sum(keep, dtype=jnp.int32), dtype)
+    return mesh.total(kept, split.t, split), total
 
 
 P = TypeVar("P", bound="Pool")  # typing.Self has no meaning to run-time checkers outside the class

@@ -1,10 +1,13 @@
 """Soft ranks of a matrix and the principal dimension of activations, which LAR is compared with."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks as check
+from . import _mesh as mesh
 
 
 def _singular_values(W: Float[ArrayLike, "m n"]) -> Float[Array, "r"]:
@@ -12,7 +15,7 @@ def _singular_values(W: Float[ArrayLike, "m n"]) -> Float[Array, "r"]:
     if W.ndim != 2 or 0 in W.shape:
         raise ValueError(f"W must have shape (m, n), neither zero; got shape {W.shape}.")
     W, poison = check.finite_part(jax.lax.stop_gradient(W.astype(check.accumulator(W))))
-    return jnp.linalg.svd(W, compute_uv=False) + poison
+    return mesh.unsharded(lambda W: jnp.linalg.svd(W, compute_uv=False))(W) + poison
 
 
 def stable_rank(W: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
@@ -100,13 +103,13 @@ def principal_dimension(
     X = check.real_array(X, "X")
     if X.ndim < 2:
         raise ValueError(f"X must have shape (..., n) with at least one token axis; got {X.shape}.")
-    n = X.shape[-1]
-    keep = jnp.ones(X.shape[:-1], bool) if mask is None else check.check_mask(mask, X.shape[:-1])
-    X = jax.lax.stop_gradient(X.astype(check.accumulator(X))).reshape(-1, n)
-    keep = keep.reshape(-1, 1)
-    mean = jnp.mean(X, axis=0, where=keep)
-    centred = jnp.where(keep, X - mean, 0)
-    covariance, poison = check.finite_part(check.gram(centred, X.dtype))
+    tokens = X.shape[:-1]
+    keep = None if mask is None else check.check_mask(mask, tokens)
+    X = check.zero_masked(jax.lax.stop_gradient(X.astype(check.accumulator(X))), keep)
+    count = math.prod(tokens) if keep is None else jnp.sum(keep, dtype=jnp.int32)
+    mean = jnp.sum(X, axis=tuple(range(X.ndim - 1))) / jnp.asarray(count, X.dtype)
+    centred = check.zero_masked(X - mean, keep)
+    covariance, poison = check.finite_part(mesh.gram(centred, X.dtype, mesh.Split()))
     variances = jnp.linalg.eigvalsh(covariance)[::-1]
     held = jnp.cumsum(jnp.maximum(variances, 0)) + poison
     # Compared at the last entry with itself, not with a separately rounded total.

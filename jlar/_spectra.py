@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from . import _checks as check
-from ._energies import Energies
+from . import _mesh as mesh
+from ._energies import Energies, energy
 from ._lar import log_ratio
 from ._pool import Pool, counts
 
@@ -130,6 +131,7 @@ def grams(
     X: Float[ArrayLike, "*t n"],
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
+    axes: mesh.Axes | None = None,
 ) -> Grams:
     """$W^T W$ and $X^T X$: everything the spectra and LAR need, in n x n numbers.
 
@@ -140,6 +142,10 @@ def grams(
         W: weights (m, n), outputs x inputs.
         X: inputs (..., n), any number of leading token axes; half precision is summed in float32.
         mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+        axes: inside `jax.shard_map`, the mesh axes that split tokens, outputs and inputs, such as
+            `{"t": "data", "m": "model"}`: sums of n x n numbers over them. Where "n" is split, W
+            and X are exchanged as well, each device sending its part once, at most n x n numbers at
+            a time.
 
     Returns:
         `Grams` of two (n, n) matrices, float32 (float64 if an input is).
@@ -154,13 +160,18 @@ def grams(
         >>> print(f"{pooled.lar:.4f} {pooled.spectra().corr:.2f}")
         0.5024 0.15
     """
-    W = check.check_weights(W)
-    X, keep = check.check_inputs(X, W.shape[1], W.shape[0], mask)
+    return second_moments(W, X, mask, mesh.split(axes))
+
+
+def second_moments(W: ArrayLike, X: ArrayLike, mask: ArrayLike | None, split: mesh.Split) -> Grams:
+    """The Grams, from one device's parts of W and X."""
+    W, X, keep, split = check.operands(W, X, mask, split)
+    W, X = jax.lax.stop_gradient((W, X))
     acc = check.accumulator(W, X)
-    kept, total = counts(keep, X.shape[:-1], acc)
-    w, x = check.gram(W, acc), check.gram(X.reshape(-1, X.shape[-1]), acc)
-    pool = Grams(w=w, x=x, calls=jnp.ones((), acc), kept=kept, total=total)
-    return jax.lax.stop_gradient(pool)
+    w = mesh.gram(check.native(W, acc), acc, split, split.m, split.n)
+    x = mesh.gram(check.native(X, acc), acc, split, split.t, split.columns)
+    kept, total = counts(keep, X.shape[:-1], acc, split)
+    return Grams(w=w, x=x, calls=jnp.ones((), acc), kept=kept, total=total)
 
 
 def spectra(
@@ -169,6 +180,7 @@ def spectra(
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
     method: Literal["svd", "gram"] = "svd",
+    axes: mesh.Axes | None = None,
 ) -> Spectra:
     """The weight spectrum p and the activation spectrum q of inputs X on W's singular directions.
 
@@ -181,7 +193,9 @@ def spectra(
         mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
         method: "svd" decomposes W, accurate to rounding over the whole spectrum, O(m n min(m, n)).
             "gram" is an `eigh` of W^T W, O((m + t) n^2 + n^3), far faster for tall W and the one to
-            use on a mesh; p_i carries an absolute error of order eps p_1.
+            use on a mesh, where "svd" gathers W; p_i carries an absolute error of order eps p_1.
+        axes: inside `jax.shard_map`, the mesh axes that split each dimension, as in `jlar.grams`;
+            "svd" allows no more than "t".
 
     Returns:
         `Spectra` of p and q, (n,) each, float32 (float64 if an input is), non-negative; p is nan if
@@ -200,20 +214,33 @@ def spectra(
         [0.8 0.2 0. ] [0.5  0.25 0.25]
     """
     if method == "gram":
-        return grams(W, X, mask=mask).spectra()
+        return grams(W, X, mask=mask, axes=axes).spectra()
     if method != "svd":
         raise ValueError(f'method must be "svd" or "gram"; got {method!r}.')
-    W = check.check_weights(W)
-    m, n = W.shape
-    W, X = jax.lax.stop_gradient((W, check.check_inputs(X, n, m, mask)[0]))
+    W, X, _, split = check.operands(W, X, mask, mesh.split(axes))
+    if split.m or split.n:
+        raise ValueError(
+            f'method "svd" needs W whole on each device, and axes split it over '
+            f'{split.m + split.n}; write method="gram".'
+        )
     acc = check.accumulator(W, X)
-    W, poison = check.finite_part(W.astype(acc))
-    X = X.reshape(-1, n).astype(acc)
+    W, X = jax.lax.stop_gradient((W.astype(acc), X.astype(acc)))
+    p, q, x = mesh.unsharded(_by_svd)(W, X)
+    q, x = (mesh.total(a, split.t, split) for a in (q, x))
+    return Spectra(p=p, q=q / x)
+
+
+def _by_svd(
+    W: Float[Array, "m n"], X: Float[Array, "*t n"]
+) -> tuple[Float[Array, "n"], Float[Array, "n"], Float[Array, ""]]:
+    """p, and the sums of squares of X along each direction and in all; nan if W is not finite."""
+    m, n = W.shape
+    W, poison = check.finite_part(W)
     # full_matrices only where W is wide: there it completes v_1..v_m to a basis of R^n.
     _, s, Vt = jnp.linalg.svd(W, full_matrices=m < n)
     p = jnp.pad(jnp.square(s / s[0]), (0, n - s.shape[0]))
-    q = jnp.sum(jnp.square(check.product(X, Vt, acc)), axis=0)
-    return Spectra(p=p / jnp.sum(p) + poison, q=q / jnp.sum(jnp.square(X)) + poison)
+    q = jnp.sum(jnp.square(check.product(X, Vt, W.dtype)), axis=tuple(range(X.ndim - 1)))
+    return p / jnp.sum(p) + poison, q + poison, energy(X, W.dtype)
 
 
 class Alignment(NamedTuple):
@@ -233,6 +260,7 @@ def alignment(
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
     method: Literal["svd", "gram"] = "svd",
+    axes: mesh.Axes | None = None,
 ) -> Alignment:
     r"""The map (W, X) -> (p, q, LAR): two spectra and the logarithm of their overlap.
 
@@ -246,7 +274,7 @@ def alignment(
         >>> print(p.shape, q.shape, f"{lar:.4f}")
         (64,) (64,) 0.5024
     """
-    s = spectra(W, X, mask=mask, method=method)
+    s = spectra(W, X, mask=mask, method=method, axes=axes)
     return Alignment(s.p, s.q, s.lar)
 
 

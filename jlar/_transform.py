@@ -12,6 +12,7 @@ from jax.interpreters import partial_eval
 from jaxtyping import Array, Float, PyTree
 
 from . import _checks as check
+from . import _mesh as mesh
 from ._energies import Energies
 from .probes import tap
 
@@ -22,15 +23,16 @@ class Tapped(eqx.nn.Linear):
     """An `eqx.nn.Linear` whose product is tapped; it stands in for the layer during one call."""
 
     probe: Energies
+    axes: mesh.Axes | None = eqx.field(static=True)
 
-    def __init__(self, linear: eqx.nn.Linear, probe: Energies):
+    def __init__(self, linear: eqx.nn.Linear, probe: Energies, axes: mesh.Axes | None):
         for name in ("weight", "bias", "in_features", "out_features", "use_bias"):
             setattr(self, name, getattr(linear, name))
-        self.probe = probe
+        self.probe, self.axes = probe, axes
 
     def __call__(self, x: Float[Array, "n"], *, key: Any = None) -> Float[Array, "..."]:
         """As `eqx.nn.Linear`."""
-        y = tap(self.probe, self.weight, x, self.weight @ x)
+        y = tap(self.probe, self.weight, x, self.weight @ x, axes=self.axes)
         if self.bias is not None:
             y = y + self.bias
         return jnp.squeeze(y) if self.out_features == "scalar" else y
@@ -83,12 +85,12 @@ def _stack(linear: eqx.nn.Linear) -> tuple[int, ...]:
     return linear.weight.shape[:-2] if eqx.is_array(linear.weight) else ()
 
 
-def insert(model: PyTree, probes: dict[str, Energies]) -> PyTree:
+def insert(model: PyTree, probes: dict[str, Energies], axes: mesh.Axes | None = None) -> PyTree:
     """The model with each probed layer tapped."""
 
     def replace(path: tuple, node: Any) -> Any:
         probe = probes.get(_dotted(path)) if _is_linear(node) else None
-        return node if probe is None else Tapped(node, probe)
+        return node if probe is None else Tapped(node, probe, axes)
 
     return jax.tree_util.tree_map_with_path(replace, model, is_leaf=_is_linear)
 
@@ -156,6 +158,7 @@ def value_and_grad(
     where: Where = None,
     every: int | None = None,
     has_aux: bool = False,
+    axes: mesh.Axes | None = None,
 ) -> Callable[..., Any]:
     """`eqx.filter_value_and_grad` that also returns the energies of the model's linear layers.
 
@@ -172,6 +175,9 @@ def value_and_grad(
             keyword `step`, which may be traced; on other steps the energies are zeros (count 0,
             `lar` nan), which cost and pool to nothing. One trace serves both. Default: every call.
         has_aux: as in `jax.value_and_grad`.
+        axes: inside `jax.shard_map`, the mesh axes that split the tokens of all measured layers,
+            as `{"t": "data"}`. Layers split in another way take `jlar.probes.tap` by hand. The
+            loss is yours to sum over the axes, as without jlar.
 
     Returns:
         A function of the same arguments that returns `((loss, lars), grads)`, or
@@ -198,7 +204,7 @@ def value_and_grad(
         raise ValueError(f"every must be a number of steps, at least 1; got {every}.")
 
     def with_probes(both: tuple[PyTree, dict[str, Energies]], args: tuple, kwargs: dict) -> Any:
-        return loss_fn(insert(*both), *args, **kwargs)
+        return loss_fn(insert(*both, axes), *args, **kwargs)
 
     def differentiate(
         model: PyTree, probes: dict[str, Energies], args: tuple, kwargs: dict
@@ -223,13 +229,16 @@ def value_and_grad(
     return wrapped
 
 
-def evaluate(fn: Callable[..., Any], *, where: Where = None) -> Callable[..., Any]:
+def evaluate(
+    fn: Callable[..., Any], *, where: Where = None, axes: mesh.Axes | None = None
+) -> Callable[..., Any]:
     """The energies of a model's linear layers from a forward pass, without gradients.
 
     Args:
         fn: `fn(model, *args, **kwargs)` -> any output with at least one floating-point array that
             the measured layers feed (a loss, logits, hidden states).
         where: which layers, as in `jlar.value_and_grad`.
+        axes: what splits the tokens inside `jax.shard_map`, as in `jlar.value_and_grad`.
 
     Returns:
         A function of the same arguments that returns `(output, lars)`.
@@ -253,7 +262,7 @@ def evaluate(fn: Callable[..., Any], *, where: Where = None) -> Callable[..., An
 
         def split(probes: dict[str, Energies]) -> PyTree:
             nonlocal others
-            out = fn(insert(model, probes), *args, **kwargs)
+            out = fn(insert(model, probes, axes), *args, **kwargs)
             floats, others = eqx.partition(out, eqx.is_inexact_array)
             return floats
 

@@ -1,11 +1,13 @@
 """Update alignment: how the change of a layer's weights and inputs lines up with either."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks as check
+from . import _mesh as mesh
 from ._energies import lar
 
 
@@ -27,6 +29,7 @@ def update_alignment(
     X: Float[ArrayLike, "*t n"],
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
+    axes: mesh.Axes | None = None,
 ) -> UpdateAlignment:
     r"""The log-alignment ratios of the three terms by which training changes a layer's output.
 
@@ -53,6 +56,7 @@ def update_alignment(
         X0: inputs (..., n) of the layer at the reference step, any number of leading token axes.
         X: inputs (..., n) now, of the same tokens in the same order.
         mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+        axes: inside `jax.shard_map`, the mesh axes that split "t" and "m", as in `jlar.energies`.
 
     Returns:
         `UpdateAlignment(alpha, omega, u)`, scalars in [-inf, 1], float32 (float64 if an input is).
@@ -75,9 +79,8 @@ def update_alignment(
     acc = check.accumulator(W0, W, X0, X)
     W0, W, X0, X = (jax.lax.stop_gradient(a.astype(acc)) for a in (W0, W, X0, X))
     dW, dX = W - W0, X - X0
-    return UpdateAlignment(
-        alpha=lar(dW, X0, mask=mask), omega=lar(W0, dX, mask=mask), u=lar(dW, dX, mask=mask)
-    )
+    term = partial(lar, mask=mask, axes=axes)
+    return UpdateAlignment(alpha=term(dW, X0), omega=term(W0, dX), u=term(dW, dX))
 
 
 def _same_shape(before: ArrayLike, now: ArrayLike, name: str) -> tuple[Array, Array]:

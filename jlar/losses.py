@@ -5,11 +5,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, Shaped
 
 from . import _checks as check
-from ._energies import Energies
-from ._pool import counts
+from . import _mesh as mesh
+from ._energies import Energies, sums
 
 
 class _Rule(NamedTuple):
@@ -20,6 +21,7 @@ class _Rule(NamedTuple):
     z_loss: float
     pooled: bool  # the sum over tokens, rather than one loss per token
     dtype: jnp.dtype  # of W and X, hence of their gradients
+    vocabulary: tuple[str, ...]  # mesh axes that split it inside shard_map
 
 
 def cross_entropy(
@@ -33,6 +35,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     ignore: int = -100,
     reduction: Literal["mean", "sum", "none"] = "mean",
+    axes: mesh.Axes | None = None,
 ) -> tuple[Float[Array, "..."], Energies]:
     r"""Cross-entropy of the labels under softmax(X W^T), and the energies of W at work.
 
@@ -68,6 +71,10 @@ def cross_entropy(
         ignore: the label of tokens that do not count.
         reduction: "mean" over the tokens kept, or their "sum" (to divide by a count pooled over
             micro-batches or devices), or "none": one loss per token, 0 where dropped.
+        axes: inside `jax.shard_map` (with check_vma, its default), the mesh axes that split the
+            tokens "t" and the vocabulary "m"; labels are those of the whole vocabulary. "mean" and
+            "sum" are over all devices, and the gradients those of the whole loss. Per chunk, three
+            numbers per token are summed over the axes of "m"; no logits move.
 
     Returns:
         (loss, `Energies`): the loss float32 (float64 if an input is), () or for "none" (...,). It
@@ -94,6 +101,7 @@ def cross_entropy(
         raise ValueError(f"soft_cap must be positive, or None for no cap; got {soft_cap}.")
     if not 0 <= z_loss < float("inf"):
         raise ValueError(f"z_loss must be a finite weight, 0 for none; got {z_loss}.")
+    split = _check_axes(axes)
     W = check.check_weights(W)
     V, n = W.shape
     if chunk is None:
@@ -110,20 +118,41 @@ def cross_entropy(
     acc = check.accumulator(W, X)
     native = W.dtype == X.dtype and W.dtype in check.NATIVE
     dtype = W.dtype if native else acc
-    rule = _Rule(chunk, soft_cap, z_loss, reduction != "none", dtype)
+    rule = _Rule(chunk, soft_cap, z_loss, reduction != "none", dtype, split.m)
     labels = jnp.where(keep, labels, 0)  # so that out of range means nan, wherever it is seen
-    loss, y = _losses(
-        rule, W.astype(dtype), X.astype(dtype).reshape(-1, n), labels.ravel(), keep.ravel()
-    )
-    if reduction == "none":
-        loss = loss.reshape(tokens)
-    if reduction == "mean":
-        loss = loss / jnp.sum(keep, dtype=jnp.int32).astype(acc)
 
-    x, w = (jnp.sum(jnp.square(a.astype(acc))) for a in (X, W))
-    kept, total = counts(keep, tokens, acc)
-    pool = Energies(y=y, x=x, w=w, calls=jnp.ones((), acc), kept=kept, total=total, n=n)
-    return loss, jax.lax.stop_gradient(pool)
+    def all_losses(W: Array, X: Array, labels: Array, keep: Array) -> tuple[Array, Array]:
+        # Said to vary here, W and X have gradients that JAX sums over the devices.
+        W, X = mesh.vary_as(W, X, labels, keep), mesh.vary_as(X, W, labels, keep)
+        loss, y = _losses(rule, W, X.reshape(-1, n), labels.ravel(), keep.ravel())
+        return (loss if rule.pooled else loss.reshape(tokens)), y
+
+    whole = P() if rule.pooled else jax.typeof(labels).sharding.spec
+    loss, y = mesh.unsharded(all_losses, (whole, P()))(
+        W.astype(dtype), X.astype(dtype), labels, keep
+    )
+    if reduction != "none":
+        loss = mesh.total(loss, split.t, split)
+    if reduction == "mean":
+        kept = mesh.total(jnp.sum(keep, dtype=jnp.int32), split.t, split)
+        loss = loss / kept.astype(acc)
+    return loss, jax.lax.stop_gradient(sums(W, X, y, keep, tokens, n, split))
+
+
+def _check_axes(axes: mesh.Axes | None) -> mesh.Split:
+    split = mesh.split(axes)
+    if split.n or split.gathered:
+        raise ValueError(
+            'axes may split the tokens "t" and the vocabulary "m", over different mesh axes; got '
+            f"{axes!r}. Gather W over {(*split.n, *split.gathered)} first, as its product would."
+        )
+    for axis in split.m:
+        if axis not in mesh.varying(jax.lax.axis_index(axis)):
+            raise ValueError(
+                f"axes splits the vocabulary over {axis!r}, whose gradients need to know what "
+                "varies over it: leave check_vma of jax.shard_map at True."
+            )
+    return split
 
 
 def _check_labels(labels: ArrayLike, tokens: tuple[int, ...]) -> Int[Array, "*t"]:
@@ -144,15 +173,22 @@ def _check_labels(labels: ArrayLike, tokens: tuple[int, ...]) -> Int[Array, "*t"
 def _token_losses(
     Y: Float[Array, "c V"], labels: Int[Array, "c"], keep: Bool[Array, "c"], rule: _Rule
 ) -> Float[Array, "c"]:
-    """The formula. The three sums over v are where a sharded vocabulary would psum."""
+    """The formula; its three sums over v go over the devices that split the vocabulary."""
     z = Y if rule.soft_cap is None else rule.soft_cap * jnp.tanh(Y / rule.soft_cap)
     log_sum = jax.nn.logsumexp(z, axis=-1)
     # A sum and not a gather: it fuses with the others, and its gradient is not a scatter.
-    is_label = labels[:, None] == jnp.arange(Y.shape[1])
+    first = jax.lax.axis_index(rule.vocabulary) * Y.shape[1] if rule.vocabulary else 0
+    is_label = labels[:, None] - first == jnp.arange(Y.shape[1])
     label_z = jnp.sum(jnp.where(is_label, z, 0), axis=-1)
+    found = jnp.sum(is_label, axis=-1, dtype=Y.dtype)
+    if rule.vocabulary:
+        top = jax.lax.pmax(jax.lax.stop_gradient(log_sum), rule.vocabulary)
+        parts = (jnp.exp(log_sum - top), label_z, found)
+        total, label_z, found = jax.lax.psum(parts, rule.vocabulary)
+        log_sum = top + jnp.log(total)
     loss = log_sum - label_z + rule.z_loss * jnp.square(log_sum)
     # A factor and not a where: of a label out of range the gradient is nan as well.
-    loss = loss * jnp.where(jnp.any(is_label, axis=-1), 1, jnp.nan).astype(loss.dtype)
+    loss = loss * jnp.where(found > 0, 1, jnp.nan).astype(loss.dtype)
     return jnp.where(keep, loss, 0)
 
 
@@ -188,10 +224,10 @@ def _scan(
         sums = losses, jnp.sum(jnp.square(Y))  # Y = 0 where X was zeroed: only kept tokens count
         if weight is None:
             return None, (*sums, None)
-        G = pull(weight)[0].astype(rule.dtype)
+        G = pull(mesh.vary_as(weight, losses))[0].astype(rule.dtype)
         return dW + check.product(G.T, x.T, acc), (*sums, check.product(G, W.T, acc))
 
-    dW = None if weights is None else jnp.zeros_like(W, acc)
+    dW = None if weights is None else mesh.vary_as(jnp.zeros_like(W, acc), W)
     chunks = jax.tree.map(split, (X, labels, keep, weights))
     dW, (losses, y, dX) = jax.lax.scan(body, dW, chunks)
     losses, dX = jax.tree.map(join, (losses, dX))

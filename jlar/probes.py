@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Shaped
 
 from . import _checks as check
-from ._energies import Energies, sums
+from . import _mesh as mesh
+from ._energies import Energies, energy, sums
 
 NAME = "jlar_energies"
 """What `jax.ad_checkpoint.checkpoint_name` calls the statistics; see `save_statistics`."""
@@ -29,6 +30,7 @@ def tap(
     Y: Float[Array, "..."],
     *,
     mask: Shaped[Array, "..."] | None = None,
+    axes: mesh.Axes | None = None,
 ) -> Float[Array, "..."]:
     """Return Y unchanged and give `probe` the energies of W, X and Y as its cotangent.
 
@@ -48,6 +50,9 @@ def tap(
         X: inputs (..., *inputs), token axes first; the sizes of the input axes multiply to n.
         Y: the product of W and X (..., *outputs), before bias, soft-cap and temperature.
         mask: (...,) of 0/1 or bool, one per token.
+        axes: inside `jax.shard_map`, the mesh axes that split tokens "t", outputs "m" and inputs
+            "n" of what multiplies here, as in `jlar.energies`; n above is then that of the whole
+            layer. If "n" is split, Y is the product after the sum over those axes.
 
     Returns:
         Y.
@@ -64,10 +69,12 @@ def tap(
         >>> print(f"{e.lar:.4f}")
         0.5024
     """
-    tokens = _token_axes(probe.n, W, X, Y)
+    split = mesh.split(axes)
+    tokens = _token_axes(probe.n // mesh.size(split.n), W, X, Y)
     keep = None if mask is None else check.check_mask(mask, tokens)
     w, x, y = jax.lax.stop_gradient((W, X, Y))
-    seen = sums(w, check.zero_masked(x, keep), check.zero_masked(y, keep), keep, tokens, probe.n)
+    x, y = (check.zero_masked(a, keep) for a in (x, y))
+    seen = sums(w, x, energy(y, check.accumulator(w, x, y)), keep, tokens, probe.n, split)
     # JAX sums a cotangent over a vmapped axis only if it varies along it, and a count of tokens
     # does not: all statistics are made to depend on Y (by adding 0, also if it is nan).
     tie = 0 * jnp.isnan(seen.y).astype(seen.y.dtype)

@@ -1,0 +1,440 @@
+"""The same numbers however W and X are split, and nothing gathered: compiled programs are read."""
+
+import math
+import re
+from functools import partial
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jlar
+
+M, N, B, T = 64, 16, 4, 64  # W (M, N), X (B, T, N): n^2 is less than any part of W or X
+
+SPLITS = {
+    "replicated": (P(), P()),
+    "tokens": (P(), P("data")),
+    "vocabulary": (P("model"), P()),
+    "tokens x vocabulary": (P("model"), P("data")),
+    "sequence": (P("model"), P(None, "data")),
+    "batch and sequence": (P(), P("data", "model")),
+    "inputs": (P(None, "model"), P("data", None, "model")),
+    "inputs of W": (P("data", "model"), P()),
+    "FSDP over outputs": (P("data", None), P("data")),
+    "FSDP over inputs": (P("model", "data"), P("data")),
+}
+NEEDS_Y = ("inputs", "inputs of W", "FSDP over outputs", "FSDP over inputs")
+
+
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 3)
+    scale = jnp.linspace(1, 2, N)  # singular values apart, so that q is well defined
+    W = jax.random.normal(keys[0], (M, N)) * scale
+    X = jax.random.normal(keys[1], (B, T, N)) * scale
+    labels = jax.random.randint(keys[2], (B, T), 0, M).at[0, 0].set(-100)
+    return W, X, labels
+
+
+def mesh_of(kind):
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+
+
+def placed(mesh, split):
+    """W, X, Y and labels as the split says."""
+    W, X, labels = arrays()
+    W_spec, X_spec = SPLITS[split]
+    tokens = (*X_spec, None, None)[:2]
+    rows = (*W_spec, None)[0]
+    Y_spec = P(*tokens, None if rows in tokens else rows)
+    specs = {"W": (W, W_spec), "X": (X, X_spec), "Y": (X @ W.T, Y_spec), "l": (labels, P(*tokens))}
+    return [jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in specs.values()]
+
+
+def statistics(W, X, Y, labels):
+    """Everything that is to be the same."""
+    moments = jlar.moments(W, X)
+    loss, of_loss = jlar.losses.cross_entropy(W, X, labels, chunk=50, soft_cap=20.0)
+    return {
+        "lar": jlar.lar(W, X),
+        "energies": jlar.energies(W, X, mask=labels >= 0),
+        "with Y": jlar.energies(W, X, Y=Y, mask=labels >= 0),
+        "grams": jlar.grams(W, X, mask=labels >= 0),
+        "spectra": jlar.spectra(W, X, method="gram"),
+        "alignment": jlar.alignment(W, X),
+        "moments": {name: getattr(moments, name) for name in ("pp", "pq", "sigma_p", "corr")},
+        "ranks": (jlar.stable_rank(W), jlar.principal_dimension(X)),
+        "update": jlar.update_alignment(W, 2 * W, X, X + 1),
+        "loss": (loss, of_loss),
+    }
+
+
+def gradients(W, X, Y, labels):
+    """What is differentiated on meshes, probes included."""
+
+    def token_losses(W, X):
+        losses = jlar.losses.cross_entropy(W, X, labels, chunk=50, reduction="none")[0]
+        return jnp.sum(jnp.square(losses))
+
+    def tapped(W, probe):
+        return jnp.sum(jnp.square(jlar.probes.tap(probe, W, X, Y, mask=labels >= 0)))
+
+    return {
+        "lar": jax.grad(lambda W, X: jlar.lar(W, X), argnums=(0, 1))(W, X),
+        "loss": jax.grad(
+            lambda W, X: jlar.losses.cross_entropy(W, X, labels, chunk=50)[0], argnums=(0, 1)
+        )(W, X),
+        "token losses": jax.grad(token_losses, argnums=(0, 1))(W, X),
+        "tap": jax.grad(tapped, argnums=1)(W, jlar.Energies.zeros(N)),
+    }
+
+
+# q and corr need the singular directions, which rounding turns by eps times the largest eigenvalue
+# over the gaps between them, some 30 here.
+
+
+def assert_same(got, wanted):
+    """Within 1e-6 of the largest entry of each array."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted)
+    named = zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(wanted), strict=True)
+    for (path, a), b in named:
+        name = jax.tree_util.keystr(path)
+        error = np.max(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)))
+        rtol = 1e-5 if name.endswith((".q", "['corr']")) else 1e-6
+        assert error <= rtol * np.max(np.abs(b)), (name, error)
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    with jax.numpy_dtype_promotion("strict"):
+        W, X, labels = arrays()
+        return jax.device_get(jax.jit(statistics)(W, X, X @ W.T, labels))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_under_jit_with_explicit_axes(split, on_one_device):
+    got = jax.jit(statistics)(*placed(mesh_of(AxisType.Explicit), split))
+    assert_same(jax.device_get(got), on_one_device)
+
+
+@pytest.mark.parametrize("split", ["batch and sequence", "inputs"])
+def test_under_jit_with_automatic_axes(split, on_one_device):
+    got = jax.jit(statistics)(*placed(mesh_of(AxisType.Auto), split))
+    assert_same(jax.device_get(got), on_one_device)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_under_jit_with_the_mesh_set(kind, on_one_device):
+    mesh = mesh_of(kind)
+    with jax.set_mesh(mesh):
+        got = jax.jit(statistics)(*placed(mesh, "tokens x vocabulary"))
+    assert_same(jax.device_get(got), on_one_device)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("split", ["tokens x vocabulary", "FSDP over inputs"])
+def test_gradients_under_jit(split, kind):
+    W, X, labels = arrays()
+    wanted = jax.jit(gradients)(W, X, X @ W.T, labels)
+    got = jax.jit(gradients)(*placed(mesh_of(kind), split))
+    assert_same(jax.device_get(got), jax.device_get(wanted))
+
+
+def collectives(program):
+    """(name, how many numbers it carries) for each collective of the compiled program."""
+    found = []
+    names = (
+        "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+    )
+    for result, name in re.findall(rf"= (.*?) ({names})(?:-start)?\(", program.as_text()):
+        shapes = re.findall(r"[a-z]+\d*\[([\d,]*)\]", result)
+        found.append((name, sum(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)))
+    return found
+
+
+def assert_moves_at_most(program, numbers):
+    moved = collectives(program)
+    assert all(count <= numbers for _, count in moved), moved
+    return moved
+
+
+def test_collectives_are_found():
+    mesh = mesh_of(AxisType.Auto)
+    W = jax.device_put(arrays()[0], NamedSharding(mesh, P("data")))
+    gather = jax.jit(lambda W: W * 1, out_shardings=NamedSharding(mesh, P()))
+    assert collectives(gather.lower(W).compile()) == [("all-gather", M * N)]
+
+
+@pytest.mark.parametrize("split", [s for s in SPLITS if "inputs" not in s])
+def test_under_jit_nothing_is_gathered(split):
+    W, X, Y, labels = placed(mesh_of(AxisType.Auto), split)
+    energies = jax.jit(lambda W, X, Y, labels: jlar.energies(W, X, Y=Y, mask=labels >= 0))
+    assert_moves_at_most(energies.lower(W, X, Y, labels).compile(), 8)
+    if split not in NEEDS_Y:
+        assert_moves_at_most(jax.jit(jlar.lar).lower(W, X).compile(), 8)
+    moments = jax.jit(lambda W, X: jlar.grams(W, X).spectra())
+    moved = assert_moves_at_most(moments.lower(W, X).compile(), 2 * N * N)  # two sums in one
+    assert all(name == "all-reduce" for name, _ in moved), moved
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_explicit_variants(split, on_one_device):
+    mesh, (W_spec, X_spec) = mesh_of(AxisType.Auto), SPLITS[split]
+    W, X, Y, labels = placed(mesh, split)
+    held = {"mesh": mesh, "W_spec": W_spec, "X_spec": X_spec}
+    needed = {"Y": Y} if split in NEEDS_Y else {}
+
+    def all_of(W, X, needed, labels):
+        mask = labels >= 0
+        return {
+            "energies": jlar.sharded.energies(W, X, **needed, mask=mask, **held),
+            "lar": jlar.sharded.lar(W, X, **needed, **held),
+            "grams": jlar.sharded.grams(W, X, mask=mask, **held),
+            "spectra": jlar.sharded.spectra(W, X, **held),
+        }
+
+    got = jax.jit(all_of)(W, X, needed, labels)
+    assert_same(jax.device_get(got), {name: on_one_device[name] for name in got})
+    p, q, lar = jlar.sharded.alignment(W, X, **held)
+    assert_same((p, q, lar), (got["spectra"].p, got["spectra"].q, got["spectra"].lar))
+    assert p.sharding.is_fully_replicated
+    assert_same(jlar.sharded.moments(W, X, **held).pp, on_one_device["moments"]["pp"])
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_explicit_variants_move_what_they_say(split):
+    mesh, (W_spec, X_spec) = mesh_of(AxisType.Auto), SPLITS[split]
+    W, X, Y, _ = placed(mesh, split)
+    held = {"mesh": mesh, "W_spec": W_spec, "X_spec": X_spec}
+    needed = {"Y": Y} if split in NEEDS_Y else {}
+    energies = jax.jit(lambda W, X, needed: jlar.sharded.energies(W, X, **needed, **held))
+    assert_moves_at_most(energies.lower(W, X, needed).compile(), 8)
+    spectra = jax.jit(lambda W, X: jlar.sharded.spectra(W, X, **held))
+    moved = assert_moves_at_most(spectra.lower(W, X).compile(), 2 * N * N)
+    assert not any(name == "all-gather" for name, _ in moved), moved
+
+
+def on_mesh(f, in_specs, out_specs=None):
+    """`f` inside shard_map, jitted."""
+    mapped = jax.shard_map(
+        f, mesh=mesh_of(AxisType.Auto), in_specs=in_specs, out_specs=out_specs or P()
+    )
+    return jax.jit(mapped)
+
+
+AXES = {"t": "data", "m": "model"}
+
+
+def test_inside_shard_map(on_one_device):
+    W, X, labels = arrays()
+
+    def local(W, X, labels):
+        mask, axes = labels >= 0, AXES
+        moments = jlar.moments(W, X, axes=axes)
+        return {
+            "lar": jlar.lar(W, X, axes=axes),
+            "energies": jlar.energies(W, X, mask=mask, axes=axes),
+            "grams": jlar.grams(W, X, mask=mask, axes=axes),
+            "spectra": jlar.spectra(W, X, method="gram", axes=axes),
+            "moments": {name: getattr(moments, name) for name in ("pp", "pq", "sigma_p", "corr")},
+            "update": jlar.update_alignment(W, 2 * W, X, X + 1, axes=axes),
+        }
+
+    got = on_mesh(local, (P("model"), P("data"), P("data")))(W, X, labels)
+    assert_same(jax.device_get(got), {name: on_one_device[name] for name in got})
+    svd = on_mesh(partial(jlar.alignment, axes={"t": "data"}), (P(), P("data")))(W, X)
+    assert_same(jax.device_get(svd), on_one_device["alignment"])
+
+
+def test_a_named_axis_of_vmap_is_one_as_well(on_one_device):
+    W, X, _ = arrays()
+    lar = jax.vmap(partial(jlar.lar, axes={"t": "batch"}), (None, 0), axis_name="batch")(W, X)
+    np.testing.assert_allclose(lar, on_one_device["lar"], rtol=1e-6)
+
+
+def test_gradient_of_lar_inside_shard_map():
+    W, X, _ = arrays()
+    gradient = jax.grad(partial(jlar.lar, axes=AXES), argnums=(0, 1))
+    got = on_mesh(gradient, (P("model"), P("data")), (P("model"), P("data")))(W, X)
+    assert_same(jax.device_get(got), jax.grad(jlar.lar, argnums=(0, 1))(W, X))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_vocabulary_parallel_loss(reduction):
+    W, X, labels = arrays()
+    keep = jnp.arange(T) % 3 > 0
+    options = dict(reduction=reduction, soft_cap=20.0, z_loss=0.01, chunk=20)
+    weights = jnp.linspace(-1, 2, B * T).reshape(B, T)  # cotangents that are not one
+
+    def weighted(loss, W, X, labels, keep, weights):
+        value, energies = loss(W, X, labels, mask=jnp.broadcast_to(keep, labels.shape))
+        whole = 3 * value if reduction != "none" else jnp.sum(value * weights)
+        return whole, (value, energies)
+
+    def value_and_grad(loss):
+        gradient = jax.value_and_grad(weighted, argnums=(1, 2), has_aux=True)
+        return lambda *args: gradient(loss, *args)
+
+    cross_entropy = partial(jlar.losses.cross_entropy, **options)
+    wanted = value_and_grad(cross_entropy)(W, X, labels, keep, weights)
+
+    def local(*args):
+        def whole(*args, **kwargs):
+            value, energies = cross_entropy(*args, **kwargs, axes=AXES)
+            return value, energies
+
+        (value, aux), gradients = value_and_grad(whole)(*args)
+        return (jax.lax.psum(value, "data") if reduction == "none" else value, aux), gradients
+
+    of_token = P("data") if reduction == "none" else P()
+    specs = (P("model"), P("data"), P("data"), P(), P("data"))
+    out = ((P(), (of_token, P())), (P("model"), P("data")))
+    program = on_mesh(local, specs, out)
+    assert_same(jax.device_get(program(W, X, labels, keep, weights)), wanted)
+    moved = collectives(program.lower(W, X, labels, keep, weights).compile())
+    # X's gradient is summed over "model", W's over "data": what any such layer moves. Beside that,
+    # no more than a few numbers per token of a chunk.
+    most = B * T * N // 2
+    assert sorted(count for _, count in moved)[-1] <= most + 8 < B * T * M // 4, moved
+    assert not any(name == "all-gather" for name, _ in moved), moved
+
+
+def test_probes_of_a_data_parallel_model():
+    model = eqx.nn.MLP(N, 4, 32, depth=2, key=jax.random.key(3))
+    X = arrays()[1].reshape(-1, N)
+
+    def loss(model, X):
+        return jnp.mean(jnp.square(jax.vmap(model)(X)))
+
+    wanted = jlar.value_and_grad(loss)(model, X)
+
+    def local(model, X):
+        parts = jlar.value_and_grad(
+            lambda model, X: jax.lax.pmean(loss(model, X), ("data", "model")),
+            axes={"t": ("data", "model")},
+        )
+        return parts(model, X)
+
+    weights, static = eqx.partition(model, eqx.is_array)
+    local_weights = lambda w, X: eqx.filter(local(eqx.combine(w, static), X), eqx.is_array)  # noqa: E731
+    (loss_, lars), gradients = on_mesh(local_weights, (P(), P(("data", "model"))))(weights, X)
+    assert_same((loss_, gradients), (wanted[0][0], eqx.filter(wanted[1], eqx.is_array)))
+    assert_same(readings(lars), readings(wanted[0][1]))
+
+    def forward(w, X):
+        call = jlar.evaluate(lambda m, X: jax.vmap(m)(X), axes={"t": ("data", "model")})
+        return call(eqx.combine(w, static), X)[1]
+
+    lars = on_mesh(forward, (P(), P(("data", "model"))))(weights, X)
+    assert_same(readings(lars), readings(wanted[0][1]))
+
+
+def readings(lars):
+    """What is the same however many devices share the calls."""
+    return {path: (e.lar, e.y, e.x, e.count, e.keep_rate) for path, e in lars.items()}
+
+
+def test_taps_of_a_tensor_parallel_block():
+    """Outputs split, then inputs split: the second layer's Y is summed before it is tapped."""
+    W, X, _ = arrays()
+    V = jax.random.normal(jax.random.key(4), (N, M)) / 8
+    probes = (jlar.Energies.zeros(N), jlar.Energies.zeros(M))
+
+    def block(weights, probes, X, sum_up, up, down):
+        W, V = weights
+        h = jax.nn.relu(jlar.probes.tap(probes[0], W, X, X @ W.T, axes=up))
+        y = jlar.probes.tap(probes[1], V, h, sum_up(h @ V.T), axes=down)
+        return jnp.sum(jnp.square(y))
+
+    gradient = jax.grad(block, argnums=(0, 1))
+    wanted = gradient((W, V), probes, X, lambda y: y, None, None)
+    up, down = {"t": "data", "m": "model"}, {"t": "data", "n": "model"}
+
+    def local(W, V, X):
+        def whole(weights, probes):
+            sum_up = lambda y: jax.lax.psum(y, "model")  # noqa: E731
+            return jax.lax.psum(block(weights, probes, X, sum_up, up, down), "data")
+
+        return jax.grad(whole, argnums=(0, 1))((W, V), probes)
+
+    specs = (P("model"), P(None, "model"), P("data"))
+    got = on_mesh(local, specs, ((specs[0], specs[1]), P()))(W, V, X)
+    assert_same(jax.device_get(got), wanted)
+
+
+def test_weights_gathered_for_use():
+    """FSDP by hand: JAX believes the gathered W to vary over the axis; the energies do not."""
+    W, X, _ = arrays()
+
+    def local(W, X):
+        W = jax.lax.all_gather(W, "data", tiled=True)
+        return jlar.energies(W, X, axes={"t": "data"})
+
+    got = on_mesh(local, (P("data"), P("data")))(W, X)
+    assert_same(jax.device_get(got), jlar.energies(W, X))
+
+
+SPECS = {"W_spec": P("model"), "X_spec": P("data")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"W_spec": P("tensor")}, "W_spec names the axis 'tensor'; the mesh has"),
+        ({"X_spec": P(None, None, "rows")}, "X_spec names the axis 'rows'"),
+        ({"X": jnp.ones((3, T, N))}, r"X of shape \(3, 64, 16\) does not divide .*: 3 over 'data'"),
+        ({"X_spec": P("data", None, None, None)}, "has more entries than X"),
+        ({"W_spec": P(None, "model"), "X_spec": P(None, None, "model")}, "Y must be given"),
+        ({"W_spec": P("data"), "X_spec": P("data")}, "Y must be given"),
+        ({"W": "elsewhere"}, r"W is held as .*mesh of 8 devices .*device_put\(W"),
+    ],
+)
+def test_misuse_of_the_explicit_variants(changed, message, unchecked):
+    W, X, _ = arrays()
+    if "W" in changed:
+        small = jax.make_mesh((4,), ("model",), devices=jax.devices()[:4])
+        changed = {"W": jax.device_put(W, NamedSharding(small, P("model")))}
+    arguments = {"W": W, "X": X, "mesh": mesh_of(AxisType.Auto), **SPECS, **changed}
+    with pytest.raises(ValueError, match=message):
+        jlar.sharded.energies(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (partial(jlar.lar, axes={"tokens": "data"}), "axes must map"),
+        (partial(jlar.lar, axes={"t": "rows"}), "axes names 'rows', which is not a mesh axis"),
+        (partial(jlar.lar, axes={"t": "data", "m": "data"}), "W is the same on every device"),
+        (partial(jlar.lar, axes={"m": "model"}), "W is the same on every device along 'model'"),
+        (partial(jlar.lar, axes={"t": ("data", "model")}), "X is the same .* along 'model'"),
+        (partial(jlar.lar, axes={"m": "data", "n": "data"}), 'must not split "m" and "n"'),
+    ],
+)
+def test_misuse_inside_shard_map(call, message, unchecked):
+    W, X, _ = arrays()
+    with pytest.raises(ValueError, match=message):
+        on_mesh(call, (P(), P("data")))(W, X)
+
+
+def test_more_misuse_inside_shard_map(unchecked):
+    W, X, labels = arrays()
+    with pytest.raises(ValueError, match='"svd" needs W whole'):
+        on_mesh(partial(jlar.alignment, axes=AXES), (P("model"), P("data")))(W, X)
+    with pytest.raises(ValueError, match='tokens "t" and the vocabulary "m"'):
+        loss = partial(jlar.losses.cross_entropy, axes={"t": "data", "n": "model"})
+        on_mesh(loss, (P(None, "model"), P("data"), P("data")))(W, X, labels)
+    unaware = jax.shard_map(
+        partial(jlar.losses.cross_entropy, axes=AXES),
+        mesh=mesh_of(AxisType.Auto),
+        in_specs=(P("model"), P("data"), P("data")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    with pytest.raises(ValueError, match="leave check_vma"):
+        unaware(W, X, labels)
+    with pytest.raises(ValueError, match=r"inside jax\.shard_map"):
+        jlar.lar(W, X, axes=AXES)
