@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Shaped
@@ -178,7 +179,7 @@ def moments(
         >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
         >>> specs = dict(mesh=mesh, W_spec=P("model", None), X_spec=P("data", None))
         >>> print(f"{jlar.sharded.moments(W, X, **specs).pp:.4f}")
-        0.0308
+        0.0312
     """
     return _call(_moments, W, X, None, mask, mesh, W_spec, X_spec)
 
@@ -228,7 +229,14 @@ def _program(
     local = functools.partial(f, split=split)
     program = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
     held = tuple(NamedSharding(mesh, spec) for spec in specs)
-    return jax.jit(program, in_shardings=held, out_shardings=NamedSharding(mesh, P()))
+
+    def placed(*operands: Array | None) -> Any:
+        if mesh.abstract_mesh.explicit_axes:  # what lies nowhere yet has to be said to be split
+            pairs = zip(operands, held, strict=True)
+            operands = tuple(None if a is None else jax.reshard(a, to) for a, to in pairs)
+        return program(*operands)
+
+    return jax.jit(placed, in_shardings=held, out_shardings=NamedSharding(mesh, P()))
 
 
 def _dimensions(W_spec: P, X_spec: P) -> tuple[tuple[str, ...], ...]:
@@ -259,13 +267,18 @@ def _check(name: str, array: ArrayLike, spec: P, mesh: Mesh) -> None:
             )
     if len(spec) > len(shape):
         raise ValueError(f"{name}_spec {spec} has more entries than {name} of shape {shape}.")
-    # A tracer has no place yet, and an uncommitted array goes where it is told.
-    if not isinstance(array, Array) or isinstance(array, jax.core.Tracer) or not array.committed:
-        return
-    wanted = NamedSharding(mesh, spec)
-    if not array.sharding.is_equivalent_to(wanted, len(shape)):
+    held = _held(array)
+    if held is not None and not held.is_equivalent_to(NamedSharding(mesh, spec), len(shape)):
         raise ValueError(
-            f"{name} is held as {array.sharding}, not as {spec} on a mesh of {mesh.size} devices "
+            f"{name} is held as {held}, not as {spec} on a mesh of {mesh.size} devices "
             f"{dict(mesh.shape)}: pass the spec it has, or jax.device_put({name}, "
             f"NamedSharding(mesh, {spec})) first."
         )
+
+
+def _held(array: ArrayLike) -> Any:
+    """Where the array is, if that is settled: not if uncommitted or under automatic axes."""
+    if isinstance(array, Tracer):
+        sharding = jax.typeof(array).sharding
+        return sharding if sharding.mesh.explicit_axes else None
+    return array.sharding if isinstance(array, Array) and array.committed else None

@@ -199,10 +199,17 @@ def test_explicit_variants(split, on_one_device):
 
     got = jax.jit(all_of)(W, X, needed, labels)
     assert_same(jax.device_get(got), {name: on_one_device[name] for name in got})
+    assert_same(moments_on_explicit_axes(split).pp, on_one_device["moments"]["pp"])
     p, q, lar = jlar.sharded.alignment(W, X, **held)
     assert_same((p, q, lar), (got["spectra"].p, got["spectra"].q, got["spectra"].lar))
     assert p.sharding.is_fully_replicated
-    assert_same(jlar.sharded.moments(W, X, **held).pp, on_one_device["moments"]["pp"])
+
+
+def moments_on_explicit_axes(split):
+    """As `jax.make_mesh` makes them; arrays that lie nowhere yet are put in place."""
+    mesh = mesh_of(AxisType.Explicit)
+    W, X = arrays()[:2] if split == "inputs" else placed(mesh, split)[:2]
+    return jlar.sharded.moments(W, X, mesh=mesh, W_spec=SPLITS[split][0], X_spec=SPLITS[split][1])
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -1,0 +1,136 @@
+"""Claim: on 64 TPU chips LAR costs a 3B training step next to nothing, by the TPU compiler itself.
+
+    pip install -e ".[experiments,tpu]"
+    python benchmarks/tpu.py [--topology v5:4x4x4] [--tensor 4] [--json PATH]
+        [--sides off unembedding every fused]
+
+No TPU is needed: libtpu compiles for a topology on any Linux CPU. The program is the training step
+of the preset `3b` of `jlar pretrain` (8 layers, width 4,096, V = 128,256, full remat, FSDP x tensor
+parallel), one sequence of 8,192 tokens per chip: without LAR, with the unembedding's, with every
+matrix's, and with the fused loss, which includes the unembedding's. XLA counts a scanned body once,
+so FLOPs, bytes, seconds and collectives are extrapolated to 8 layers from programs of one and two
+unrolled ones; peak memory is that of the scanned program of 8. Seconds are the compiler's estimate.
+
+A compilation takes a minute or more. With --json each is kept as soon as it is done, and what is
+there is not compiled again. Topologies: v5:2x2x2 to v5:4x8x8 are v5p, v5e:2x4 to v5e:16x16 v5e.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu looks for the metadata of a cloud host
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from jlar_experiments.pretraining import train
+from jlar_experiments.pretraining.presets import PRESETS
+
+SIDES = {
+    "off": {"lar": "off", "loss": "plain"},
+    "unembedding": {"lar": "unembedding", "loss": "plain"},
+    "every": {"lar": "every", "loss": "plain"},
+    "fused": {"lar": "unembedding", "loss": "fused"},
+}
+LAYERS = 8
+# What the unembedding's LAR and every matrix's may add at 64 chips, as ratios.
+LIMITS = {
+    "unembedding": {"flops": 1.001, "seconds": 1.005, "peak_bytes": 1.005},
+    "every": {"flops": 1.001, "seconds": 1.015, "peak_bytes": 1.005},
+}
+BITS = {"pred": 8, "s32": 32, "u32": 32, "f32": 32, "bf16": 16}
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+def collectives(text: str) -> tuple[int, float]:
+    """How many collectives the program has, and the bytes of all their results."""
+    found = re.findall(rf"= (.*?) (?:{COLLECTIVES})(?:-start)?\(", text)
+    shapes = [each for result in found for each in re.findall(r"([a-z]+\d*)\[([\d,]*)\]", result)]
+    size = sum(
+        BITS.get(dtype, 32) / 8 * math.prod(map(int, filter(None, dimensions.split(","))))
+        for dtype, dimensions in shapes
+    )
+    return len(found), size
+
+
+def compiled(topology: str, tensor: int, side: str, layers: int, unroll: int) -> dict[str, float]:
+    """What the compiler says of one training step."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    grid = np.array(devices).reshape(-1, tensor)
+    mesh = Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    config = PRESETS["3b"].config(
+        layers=layers, unroll=unroll, tensor=tensor, batch=len(devices), **SIDES[side]
+    )
+    program = train.Program(config, mesh)
+    start = time.perf_counter()
+    step = program.step.lower(program.abstract_state, program.abstract_batch).compile()
+    cost, memory = step.cost_analysis(), step.memory_analysis()
+    count, size = collectives(step.as_text())
+    return {
+        "compile_seconds": time.perf_counter() - start,
+        "chips": len(devices),
+        "flops": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "seconds": cost["optimal_seconds"],
+        "peak_bytes": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "collectives": count,
+        "collective_bytes": size,
+    }
+
+
+def whole(programs: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The step of 8 layers: memory as compiled, the rest from one and two layers."""
+    one, two = programs["1"], programs["2"]
+    figures = {name: one[name] + (LAYERS - 1) * (two[name] - one[name]) for name in one}
+    return {**figures, "chips": one["chips"], "peak_bytes": programs["scanned"]["peak_bytes"]}
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--topology", nargs="+", default=["v5:4x4x4"])
+    parser.add_argument("--tensor", type=int, default=4, help="chips per matrix product")
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--json", type=Path, help="keep the figures here, and go on from them")
+    args = parser.parse_args()
+    kept: dict[str, Any] = {}
+    if args.json and args.json.exists():
+        kept = json.loads(args.json.read_text())
+    versions = {"jax": jax.__version__, "libtpu": metadata.version("libtpu")}
+    if kept and kept["versions"] != versions:
+        parser.error(f"{args.json} is of {kept['versions']}, not {versions}; choose another")
+    kept = {"versions": versions, "tensor": args.tensor, **kept}
+    depths = {"1": (1, 1), "2": (2, 2), "scanned": (LAYERS, 1)}
+    missed = []
+    for topology in args.topology:
+        for side in args.sides:
+            programs = kept.setdefault(topology, {}).setdefault(side, {})
+            for name, (layers, unroll) in depths.items():
+                if name not in programs:
+                    programs[name] = compiled(topology, args.tensor, side, layers, unroll)
+                    print(topology, side, name, json.dumps(programs[name]), flush=True)
+                    if args.json:
+                        args.json.write_text(json.dumps(kept, indent=1) + "\n")
+        base = whole(kept[topology]["off"])
+        print(f"{topology}: {base['chips']:.0f} chips, without LAR: {json.dumps(base)}")
+        for side in args.sides:
+            figures = whole(kept[topology][side])
+            ratios = {name: figures[name] / base[name] for name in base if base[name]}
+            print(f"{side:12s}", {name: round(ratio, 5) for name, ratio in ratios.items()})
+            limits = LIMITS.get(side, {}) if base["chips"] == 64 else {}
+            missed += [f"{side} {name}" for name, most in limits.items() if ratios[name] > most]
+    assert not missed, f"missed: {missed}"
+
+
+if __name__ == "__main__":
+    main()
