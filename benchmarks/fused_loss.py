@@ -42,7 +42,10 @@ def main() -> None:
         # XLA counts the body of a scan once, so its FLOPs are not those of the chunked loss.
         del costs[name]["flops"]
     times = bench.alternate(
-        {s: lambda s=s: programs[s](W, X, labels) for s in sides}, args.repeats, warm_up=1
+        {s: lambda s=s: programs[s](W, X, labels) for s in sides},
+        args.repeats,
+        warm_up=1,
+        clock=args.clock,
     )
     (plain_loss, _), plain_gradients = programs["plain"](W, X, labels)
     (loss, energies), gradients = programs["fused"](W, X, labels)
@@ -57,6 +60,7 @@ def main() -> None:
         "dtype": jnp.dtype(dtype).name,
         "chunk": args.chunk or "default",
         "repeats": args.repeats,
+        "clock": args.clock,
         "seconds": {name: bench.spread(times[name]) for name in sides},
         **{f"{s}_{name}": value for s in sides for name, value in costs[s].items()},
         "time_ratio_fused_over_plain": slowdown,

@@ -155,7 +155,7 @@ def main() -> None:
             claims[f"{name} {cost}"] = (ratio, 1 + limit)
         claims[f"{name} time"] = (float("nan"), 1 + time)
     if not args.compile_only:
-        times = bench.alternate(calls, args.repeats)
+        times = bench.alternate(calls, args.repeats, warm_up=1, clock=args.clock)
         for name in ("unembedding", "every_matrix"):
             figures[f"time_{name}_over_plain"] = spread = bench.ratios(times, name, "plain")
             claims[f"{name} time"] = (spread["median"], claims[f"{name} time"][1])
