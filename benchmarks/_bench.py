@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 
-
-# Where others share the machine, wall time measures them as well; the CPU time of this process, over
-# all its threads, does so much less.
+# Where others share the machine, wall time measures them as well; the CPU time of this process,
+# over all its threads, does so much less.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
