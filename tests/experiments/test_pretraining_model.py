@@ -13,7 +13,7 @@ import pytest
 import reference
 from jlar_experiments.pretraining import sharding, train
 from jlar_experiments.pretraining.config import PretrainConfig
-from jlar_experiments.pretraining.model import MATRICES, Decoder
+from jlar_experiments.pretraining.model import MATRICES, Decoder, attention
 from jlar_experiments.pretraining.optimisers import learning_rate, optimiser
 from jlar_experiments.pretraining.presets import PRESETS
 
@@ -227,3 +227,16 @@ def test_the_papers_model():
     assert PRESETS["3b"].config(optimiser="muon").weight_decay == 0.1
     arms = [(arm.optimiser, arm.unique_tokens) for arm in PRESETS["3b"].arms()]
     assert len(arms) == 10 and arms[0] == ("adam", 90_000_000_000)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_is_that_of_jax(dtype):
+    """What CPUs run against `jax.nn.dot_product_attention`, which the others do; gradients too."""
+    q, k, v, g = jax.random.normal(jax.random.key(0), (4, 2, 9, 3, 4), dtype)
+    results = []
+    for platform in ("cpu", "tpu"):
+        with jax.numpy_dtype_promotion("strict" if platform == "cpu" else "standard"):
+            out, pull = jax.vjp(lambda q, k, v, p=platform: attention(q, k, v, 0.0, p), q, k, v)
+            results.append((out, pull(g)))
+    tolerance = 1e-5 if dtype == jnp.float32 else 3e-2
+    chex.assert_trees_all_close(*results, rtol=tolerance, atol=tolerance)
