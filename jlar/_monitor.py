@@ -12,7 +12,7 @@ from ._checks import check_width
 from ._trend import Window
 
 AHEAD = 0.1  # doublings a run may be ahead of its baseline, or behind, while LAR rises
-ALIGNED = 0.53  # a peak below this is initialisation: no decline is counted from it
+ALIGNED = 0.53  # a run that has not been above it is initialisation: nothing is said
 MEMORISED = 0.05  # of the largest training loss
 LEVEL, PEAK, SLOPE = 1 / 8, 1 / 2, 1 / 2  # doublings that the means and the slope are over
 CONFIRMATIONS = 2  # consecutive points it takes to start or to end an alarm
@@ -236,13 +236,6 @@ class Monitor(eqx.Module):
         run = jax.tree.map(lambda stacked: stacked[0], self.windows)
         slope = jnp.where(run.enough, run.slope(SLOPE), jnp.nan)
 
-        rising = AHEAD * jnp.maximum(slope, 0)
-        far = limits.deviation + rising + limits.noises * noise
-        deviation, matched_loss = (
-            signal.update(self.step, heard[i], level[i], far[i], noise[i])
-            for i, signal in ((1, self.deviation), (2, self.matched_loss))
-        )
-
         def tilted(u: Array, lar: Array) -> Array:
             return lar + limits.allowed * u  # constant along the decline that is allowed
 
@@ -251,13 +244,21 @@ class Monitor(eqx.Module):
         higher = run.enough & ~(tilted(u_peak, lar_peak) <= held)
         peak_lar = jnp.where(higher, lar_peak, self.peak_lar)
         peak_step = jnp.where(higher, jnp.exp2(u_peak), self.peak_step)
+        level = jnp.where(peak_lar >= ALIGNED, level, jnp.nan)
+
+        rising = AHEAD * jnp.maximum(slope, 0)
+        far = limits.deviation + rising + limits.noises * noise
+        deviation, matched_loss = (
+            signal.update(self.step, heard[i], level[i], far[i], noise[i])
+            for i, signal in ((1, self.deviation), (2, self.matched_loss))
+        )
         lost = tilted(jnp.log2(peak_step), peak_lar) - tilted(u[0], level[0])
         compared = self.windows.doublings[0, -1] - self.windows.doublings[1, -1] < LEVEL
         shared = compared & (deviation.level < deviation.threshold / 2)
         decline = self.decline.update(
             self.step,
             heard[0],
-            jnp.where(shared | (peak_lar < ALIGNED), jnp.minimum(lost, 0), lost),
+            jnp.where(shared, jnp.minimum(lost, 0), lost),
             limits.decline + limits.noises * noise[0],
             noise[0],
         )

@@ -57,6 +57,9 @@ def register(commands: Any) -> None:
     columns.add_argument("--lar-column", metavar="NAME", help="LAR [lar, RUN - lar, Value]")
     columns.add_argument("--loss-column", metavar="NAME", help="training loss [train_loss, ...]")
     columns.add_argument(
+        "--baseline-column", metavar="NAME", help="LAR in the baseline's log [as in LOG]"
+    )
+    columns.add_argument(
         "--only", type=_condition, metavar="COLUMN=VALUE", help="leave out all other rows"
     )
     output = parser.add_argument_group("what to do")
@@ -150,10 +153,12 @@ def _baseline(arguments: argparse.Namespace) -> Any:
 
     wanted = {
         "step": arguments.step_column,
-        "lar": arguments.lar_column,
+        "lar": arguments.baseline_column or arguments.lar_column,
         "train_loss": arguments.loss_column,
     }
     there = logs.names(arguments.baseline)
+    if arguments.baseline_column is not None:
+        there.append(arguments.baseline_column)  # asked for: if it is missing, reading says so
     named: dict[str, Any] = {
         column: name if name in there else None for column, name in wanted.items()
     }

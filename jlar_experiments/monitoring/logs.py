@@ -24,7 +24,7 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class Log:
-    """The columns of a log, of equal length; nan where a row has no value."""
+    """The columns of a log, of equal length, by increasing step; nan where a row has no value."""
 
     step: Float[np.ndarray, "rows"]
     lar: Float[np.ndarray, "rows"]
@@ -90,6 +90,8 @@ def read(
     columns, bad = _numbers(rows, chosen)
     if not np.isfinite(columns["lar"]).any():
         raise Unusable(f"column {chosen['lar']!r} of {path} holds no number")
+    order = np.argsort(columns["step"], kind="stable")  # of equal steps the first in the file leads
+    columns = {key: column[order] for key, column in columns.items()}
     return Log(**columns, unreadable=unreadable + bad)
 
 

@@ -125,6 +125,25 @@ def test_forms_of_logs(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["baseline"]["same_loss_until"] is not None
 
 
+def test_run_and_baseline_in_one_export(tmp_path, capsys):
+    columns = {"Step": STEPS, "a - lar": lar("muon_400M"), "b - lar": lar("muon_100B")}
+    both = table(tmp_path / "both.csv", columns)
+    names = ["--lar-column", "a - lar", "--baseline", both]
+    assert run(both, *names, "--baseline-column", "b - lar", "--json") == 3
+    assert json.loads(capsys.readouterr().out)["signals"]["deviation"]["alarm"]
+    assert run(both, *names, "--baseline-column", "c") == 2
+    assert "no column 'c'" in capsys.readouterr().err
+
+
+def test_order_of_the_rows_does_not_matter(tmp_path, capsys):
+    found = []
+    for order in (slice(None), slice(None, None, -1)):
+        log = table(tmp_path / "log.csv", {"step": STEPS[order], "lar": lar("adam_200M")[order]})
+        assert run(log, "--json") == 3
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+
+
 def test_rows_of_losses_between_rows_of_lar(tmp_path):
     path = tmp_path / "sparse.jsonl"
     rows = [{"step": 1, "train_loss": 5.0}, {"step": 2, "lar": 0.5}, {"step": 3, "lar": None}]
