@@ -11,7 +11,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from ._checks import check_width
 from ._trend import Window
 
-AHEAD = 0.1  # doublings a run may be ahead of its baseline, or behind, while LAR rises
+# Doublings that a run may be behind its baseline while LAR rises. At equal steps the difference
+# that this makes outlives the rise, and dies out as 1 / step.
+BEHIND, BEHIND_AT_LOSS = 0.2, 0.1
 ALIGNED = 0.53  # a run that has not been above it is initialisation: nothing is said
 MEMORISED = 0.05  # of the largest training loss
 LEVEL, PEAK, SLOPE = 1 / 8, 1 / 2, 1 / 2  # doublings that the means and the slope are over
@@ -26,9 +28,9 @@ class Thresholds:
     `python -m jlar_experiments.monitoring.calibration`; its result is in jlar_experiments/LOG.md.
     """
 
-    deviation: float = 0.0090
+    deviation: float = 0.0072
     """LAR below the baseline."""
-    decline: float = 0.0030
+    decline: float = 0.0038
     """LAR lost since the peak beyond `allowed`."""
     allowed: float = 0.0075
     """LAR lost per doubling of steps."""
@@ -128,6 +130,8 @@ class Monitor(eqx.Module):
     peak_step: Float[Array, "*runs"]
     slope: Float[Array, "*runs"]
     """Change of LAR per doubling of steps, over the last half of a doubling."""
+    steepest: Float[Array, "*runs"]
+    """The largest slope so far, each multiplied by its step over the present one."""
     memorised_lar: Float[Array, "*runs"]
     """LAR at memorisation; nan before."""
     largest_loss: Float[Array, "*runs"]
@@ -151,12 +155,25 @@ class Monitor(eqx.Module):
         if n is not None:
             check_width(n, "the argument n")
         nan, none = jnp.full((), jnp.nan, jnp.float32), jnp.zeros((), jnp.int32)
-        silent, empty = Signal.silent(), Window.empty(3)
-        before = jnp.full((), -jnp.inf, jnp.float32)
+        silent, before = Signal.silent(), jnp.full((), -jnp.inf, jnp.float32)
         return cls(
-            before, none, none, silent, silent, silent, silent, nan, nan, nan, nan, before,
-            empty, n, thresholds,
-        )  # fmt: skip
+            step=before,
+            ignored=none,
+            replayed=none,
+            deviation=silent,
+            matched_loss=silent,
+            decline=silent,
+            grokking=silent,
+            peak_lar=nan,
+            peak_step=nan,
+            slope=nan,
+            steepest=jnp.zeros((), jnp.float32),
+            memorised_lar=nan,
+            largest_loss=before,
+            windows=Window.empty(3),
+            n=n,
+            thresholds=thresholds,
+        )
 
     @property
     def alarm(self) -> Bool[Array, "*runs"]:
@@ -219,6 +236,7 @@ class Monitor(eqx.Module):
             peak_lar=self.peak_lar,
             peak_step=self.peak_step,
             slope=self.slope,
+            steepest=self.steepest,
             memorised_lar=memorised_lar,
             largest_loss=largest_loss,
             windows=windows,
@@ -246,10 +264,12 @@ class Monitor(eqx.Module):
         peak_step = jnp.where(higher, jnp.exp2(u_peak), self.peak_step)
         level = jnp.where(peak_lar >= ALIGNED, level, jnp.nan)
 
-        rising = AHEAD * jnp.maximum(slope, 0)
-        far = limits.deviation + rising + limits.noises * noise
+        passed = jnp.exp2(run.doublings[-2] - run.doublings[-1])  # last step over this one
+        steepest = jnp.fmax(slope, self.steepest * passed)
+        behind = jnp.stack([BEHIND * steepest, BEHIND_AT_LOSS * jnp.maximum(slope, 0)])
+        far = limits.deviation + behind + limits.noises * noise[1:]
         deviation, matched_loss = (
-            signal.update(self.step, heard[i], level[i], far[i], noise[i])
+            signal.update(self.step, heard[i], level[i], far[i - 1], noise[i])
             for i, signal in ((1, self.deviation), (2, self.matched_loss))
         )
         lost = tilted(jnp.log2(peak_step), peak_lar) - tilted(u[0], level[0])
@@ -262,9 +282,18 @@ class Monitor(eqx.Module):
             limits.decline + limits.noises * noise[0],
             noise[0],
         )
-        judged = (deviation, matched_loss, decline, peak_lar, peak_step, slope)
-        names = ("deviation", "matched_loss", "decline", "peak_lar", "peak_step", "slope")
-        return eqx.tree_at(lambda m: [getattr(m, name) for name in names], self, judged)
+        judged = {
+            "deviation": deviation,
+            "matched_loss": matched_loss,
+            "decline": decline,
+            "peak_lar": peak_lar,
+            "peak_step": peak_step,
+            "slope": slope,
+            "steepest": steepest,
+        }
+        return eqx.tree_at(
+            lambda m: [getattr(m, name) for name in judged], self, [*judged.values()]
+        )
 
     def _grokking(
         self, step: Array, lar: Array, loss: Array, largest_loss: Array
