@@ -112,7 +112,7 @@ class Monitor(eqx.Module):
         ...     return jax.lax.scan(watch, jlar.Monitor.init(n=4096), (steps, lar))[0]
         >>> monitor = final(jnp.stack([lar, falling]))
         >>> print(monitor.alarm, monitor.first_alarm_step)
-        [False  True] [  nan 4600.]
+        [False  True] [  nan 4750.]
     """
 
     step: Float[Array, "*runs"]
