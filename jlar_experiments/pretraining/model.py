@@ -101,7 +101,7 @@ class Decoder(eqx.Module):
     ) -> Float[Array, "b t n"]:
         """X, what the unembedding multiplies; `place` is where its parts live on a mesh."""
         n = self.gain.size
-        platform = jax.default_backend() if place is None else place.mesh.devices.flat[0].platform
+        platform = jax.default_backend() if place is None else next(iter(place.device_set)).platform
         x = self.embedding[tokens].astype(self.dtype) * jnp.asarray(n**0.5, self.dtype)
         rows, static = eqx.partition(self.blocks, eqx.is_array)
 
