@@ -21,7 +21,7 @@ MEASURES = ("k_pred", "pr_q", "k95", "logits_pr", "logits_rank99", *WEIGHTS)
 def tables(runs: Sequence[Run]) -> dict[str, tuple[str, str, Table]]:
     """Name -> title, caption and rows; a table without records has its header only."""
     small = [run for run in runs if run.config.p == SMALL_P]
-    mlp = [run for run in small if run.config.model == "mlp"]
+    mlp = [run for run in runs if run.config.model == "mlp"]
     dated = [run for run in small if _is_default(run.config)]
     where = [run for run in small if run not in mlp and _plain_task(run.config)]
     first, second = halves(dated)
@@ -53,7 +53,7 @@ WHERE = (
     "the participation ratio. dated: runs whose 95% was dated to within 25% by the rules of the "
     "dating table, ratio and slope."
 )
-MLP = "Width 256; columns as above."
+MLP = "Columns as above, dated by the rules of the smaller relative."
 
 
 def halves(runs: Iterable[Run]) -> tuple[list[Timeline], list[Timeline]]:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from ..config import GrokConfig
 from .analysis import POINTS, Run, Timeline, figure3, paper_point
 from .figures import ACCURACY, LAR, POINT_COLOURS, STYLE, band, save, spectrum, square, title
+from .plan import SMALL_P, small
 
 Lines = list[Timeline]
 FREE = ("seed", "seeds", "epochs", "after_grok", "spectra_every", "log_every")
@@ -20,18 +21,21 @@ PARTS = ("final_grokked", "final_not_grokked")
 
 
 def label(config: GrokConfig) -> str:
-    """The run in a few words: its task and what else is not the default."""
-    words = [title(config)]
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in (*FREE, "task", "train_fraction", "p") and value != field.default:
-            name = field.name.replace("_", " ")
-            words.append(
-                (name if value else f"no {name}")
-                if isinstance(value, bool)
-                else (value if isinstance(value, str) else f"{name} {value:g}")
-            )
-    return ", ".join(words)
+    """The run in a few words: its task and what else is not the default, or the relative's."""
+    usual = small() if config.p == SMALL_P else GrokConfig()
+    if config.model == "mlp":
+        usual = dataclasses.replace(usual, layers=GrokConfig.layers)
+    said = (*FREE, "task", "train_fraction", "p")
+    names = [each.name for each in dataclasses.fields(config) if each.name not in said]
+    other = [name for name in names if getattr(config, name) != getattr(usual, name)]
+    return ", ".join([title(config), *(_setting(name, getattr(config, name)) for name in other)])
+
+
+def _setting(name: str, value: object) -> str:
+    words = name.replace("_", " ")
+    if isinstance(value, bool):
+        return words if value else f"no {words}"
+    return value if isinstance(value, str) else f"{words} {value:g}"
 
 
 def cells(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -55,6 +59,7 @@ def draw(runs: Sequence[Run], folder: Path) -> dict[str, str]:
     first = [run for run in a if run.config.task == "x+y"][:1]
     others = [run for run in a if run.config.task != "x+y"]
     dips = [run for run in runs if run.config.log_every == 1]
+    relatives = [run for run in runs if run.config.p == SMALL_P]
     drawings: dict[str, tuple[Callable[[], Figure], Sequence[Run], str]] = {
         "figure1": (lambda: _grid([*a, *b], _mean), [*a, *b], MEAN),
         "figure2": (lambda: _spectra(first), first, SPECTRA.format("x+y at 50%", "2")),
@@ -64,6 +69,7 @@ def draw(runs: Sequence[Run], folder: Path) -> dict[str, str]:
         "figure22": (lambda: _spectra(b), b, SPECTRA.format("set B", "22")),
         "figure23": (lambda: _grid(a, _each_seed), a, SEEDS.format("set A", "23")),
         "figure24": (lambda: _grid(b, _each_seed), b, SEEDS.format("set B", "24")),
+        "relative": (lambda: _grid(relatives, _mean), relatives, RELATIVE),
         "figure25": (lambda: _grid([*a, *b], _full_range), [*a, *b], FULL),
     }
     drawn = {}
@@ -93,6 +99,10 @@ DIPS = (
     "training set size, one log per epoch (the paper's figure 9)."
 )
 SEEDS = "LAR and validation accuracy of each seed, {} (the paper's figure {})."
+RELATIVE = (
+    "Past the paper, on a smaller relative (p = 31, width 64, one block): LAR and validation "
+    "accuracy of tasks, controls and set-ups."
+)
 FULL = "The same over the full range of epochs, which is logarithmic (the paper's figure 25)."
 
 

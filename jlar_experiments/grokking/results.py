@@ -32,6 +32,7 @@ def write(folder: Path) -> str:
     blocks += [page.note(note), page.heading("The runs"), page.table(runs_table(runs))]
     _write_csv(folder / "table1.csv", table)
     _write_csv(folder / "runs.csv", runs_table(runs))
+    _write_csv(folder / "logs.csv", logs_table(runs))
     figures = plates.draw(runs, folder / "figures")
     blocks += [page.figure(*each) for each in figures.items()]
     for name, (title, caption, rows) in beyond.tables(runs).items():
@@ -156,6 +157,19 @@ def runs_table(runs: Sequence[Run]) -> Table:
                 row = line.at(point)
                 cells += [_cell(row, name, digits) for name, digits in _SHOWN]
             table.append([*cells, _cell(line.at("final"), "val_acc", 3)])
+    return table
+
+
+def logs_table(runs: Sequence[Run]) -> Table:
+    """Every log of every run, as far as the figures and tables use it."""
+    names = ("epoch", "train_acc", "val_acc", "lar", "k_pred", "k95", "pr_p", "pr_q", "alpha")
+    table: Table = [["run", "seed", *names]]
+    for run in runs:
+        for seed, line in run.seeds.items():
+            for row in line.rows:
+                values = (row.get(name) for name in names)
+                cells = ["" if value is None else f"{value:.5g}" for value in values]
+                table.append([plates.label(run.config), str(seed), *cells])
     return table
 
 
