@@ -225,6 +225,17 @@ def test_explicit_variants_move_what_they_say(split):
     assert not any(name == "all-gather" for name, _ in moved), moved
 
 
+def test_tall_weights_are_exchanged_in_pieces():
+    """Of more rows than n per device, and not a multiple of them."""
+    mesh, X = mesh_of(AxisType.Auto), arrays()[1]
+    W = jax.random.normal(jax.random.key(5), (300, N))
+    held = {"mesh": mesh, "W_spec": P(None, "model"), "X_spec": P(None, None, "model")}
+    grams = jax.jit(lambda W, X: jlar.sharded.grams(W, X, **held))
+    assert_same(jax.device_get(grams(W, X)), jax.device_get(jlar.grams(W, X)))
+    moved = assert_moves_at_most(grams.lower(W, X).compile(), 2 * N * N)
+    assert any(name == "all-to-all" for name, _ in moved), moved
+
+
 def on_mesh(f, in_specs, out_specs=None):
     """`f` inside shard_map, jitted."""
     mapped = jax.shard_map(
