@@ -351,6 +351,24 @@ def test_probes_of_a_data_parallel_model():
     assert_same(readings(lars), readings(wanted[0][1]))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_probes_of_sharded_layers_under_jit(kind):
+    mesh, X = mesh_of(kind), arrays()[1].reshape(-1, N)
+    layer = eqx.nn.Linear(N, M, key=jax.random.key(3))
+
+    @eqx.filter_jit
+    def measured(layer, X, step):
+        loss_fn = lambda layer, X: jnp.mean(jnp.square(jax.vmap(layer)(X)))  # noqa: E731
+        return jlar.value_and_grad(loss_fn, every=2)(layer, X, step=step)
+
+    (loss, lars), _ = measured(layer, X, jnp.int32(4))
+    weight = jax.device_put(layer.weight, NamedSharding(mesh, P("model", None)))
+    layer = eqx.tree_at(lambda layer: layer.weight, layer, weight)
+    X = jax.device_put(X, NamedSharding(mesh, P("data", None)))
+    (loss_, lars_), _ = measured(layer, X, jnp.int32(4))
+    assert_same(jax.device_get((loss_, readings(lars_))), (loss, readings(lars)))
+
+
 def readings(lars):
     """What is the same however many devices share the calls."""
     return {path: (e.lar, e.y, e.x, e.count, e.keep_rate) for path, e in lars.items()}
