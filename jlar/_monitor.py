@@ -16,6 +16,7 @@ from ._trend import Window
 BEHIND, BEHIND_AT_LOSS = 0.2, 0.1
 ALIGNED = 0.53  # a run that has not been above it is initialisation: nothing is said
 MEMORISED = 0.05  # of the largest training loss
+STEEP = 1.6  # times the allowed decline: a run that falls less steeply now starts no alarm
 LEVEL, PEAK, SLOPE = 1 / 8, 1 / 2, 1 / 2  # doublings that the means and the slope are over
 CONFIRMATIONS = 2  # consecutive points it takes to start or to end an alarm
 
@@ -253,6 +254,7 @@ class Monitor(eqx.Module):
         level = jnp.where(enough, level, jnp.nan)
         run = jax.tree.map(lambda stacked: stacked[0], self.windows)
         slope = jnp.where(run.enough, run.slope(SLOPE), jnp.nan)
+        noise = jnp.maximum(noise, run.resolution)  # a log of two decimals shows no other noise
 
         def tilted(u: Array, lar: Array) -> Array:
             return lar + limits.allowed * u  # constant along the decline that is allowed
@@ -275,10 +277,12 @@ class Monitor(eqx.Module):
         lost = tilted(jnp.log2(peak_step), peak_lar) - tilted(u[0], level[0])
         compared = self.windows.doublings[0, -1] - self.windows.doublings[1, -1] < LEVEL
         shared = compared & (deviation.level < deviation.threshold / 2)
+        # What the end of a warm-up has cost stays lost, but goes on no longer.
+        over = ~self.decline.alarm & (slope > -STEEP * limits.allowed)
         decline = self.decline.update(
             self.step,
             heard[0],
-            jnp.where(shared, jnp.minimum(lost, 0), lost),
+            jnp.where(shared | over, jnp.minimum(lost, 0), lost),
             limits.decline + limits.noises * noise[0],
             noise[0],
         )

@@ -93,6 +93,14 @@ class Window(eqx.Module):
         single = jnp.where(self.enough, jnp.maximum(near, far), jnp.inf)
         return jnp.sqrt(single), jnp.sqrt(single * (1 + rho) / (1 - rho))
 
+    @property
+    def resolution(self) -> Float[Array, ""]:
+        """Smallest difference of neighbours that is none: what a log was rounded to, if it was."""
+        steps = jnp.abs(jnp.diff(self.values))
+        held = jnp.arange(WINDOW - 1) >= WINDOW - self.filled
+        smallest = jnp.min(jnp.where(held & (steps > 1e-6), steps, jnp.inf))
+        return jnp.where(jnp.isfinite(smallest), smallest, 0)
+
     def _newest(self, span: float, fewest: int = FEWEST) -> Bool[Array, "window"]:
         place = jnp.arange(WINDOW)
         recent = self.doublings >= self.doublings[-1] - span

@@ -110,7 +110,8 @@ def test_one_point_never_alarms():
 
 def test_an_alarm_ends_well_below_its_threshold():
     base = np.full(200, 0.68)
-    lar = base - 0.02 * ((STEPS > 3000) & (STEPS < 6000)) - 0.008 * (STEPS >= 6000)
+    noisy = base + 0.0005 * np.random.default_rng(0).standard_normal(200)
+    lar = noisy - 0.02 * ((STEPS > 3000) & (STEPS < 6000)) - 0.008 * (STEPS >= 6000)
     held = watched(lar, baseline_lar=base)
     assert held.deviation.alarm  # below the threshold, above its half
     ended = watched(np.where(STEPS >= 6000, base, lar), baseline_lar=base)
@@ -121,6 +122,16 @@ def test_an_alarm_ends_well_below_its_threshold():
 def test_nothing_is_said_about_a_short_log():
     few = watched(np.linspace(0.7, 0.5, 11), STEPS[:11], baseline_lar=np.full(11, 0.7))
     assert not few.alarm and jnp.isnan(few.deviation.level) and jnp.isnan(few.slope)
+
+
+def test_a_log_of_two_decimals_rings_only_on_what_two_decimals_show():
+    assert not watched(np.round(curve(noise=0.001), 2)).decline.rang
+    assert watched(np.round(curve(extra=0.02, noise=0.001), 2)).decline.alarm
+
+
+def test_what_the_warm_up_cost_is_no_alarm_once_it_is_over():
+    transient = 0.03 * np.exp(-np.maximum(STEPS - 100, 0) / 150)  # gone before there is enough
+    assert not watched(curve(noise=0.001) + transient).decline.rang
 
 
 def test_initialisation_is_no_peak():
