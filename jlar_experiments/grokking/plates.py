@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -118,7 +119,7 @@ def _grid(runs: Sequence[Run], panel: Callable[[Axes, Axes, Lines], None]) -> Fi
     for i, (axes, (name, own)) in enumerate(zip(grid, found.items(), strict=False)):
         right = axes.twinx()
         panel(axes, right, lines(own))
-        axes.set_title(f"{name} (n = {len(lines(own))})")
+        axes.set_title(textwrap.fill(f"{name} (n = {len(lines(own))})", 40))
         right.set_ylim(-0.03, 1.03)
         if i % columns == 0:
             axes.set_ylabel("LAR", color=LAR)
@@ -207,7 +208,8 @@ def _scatter(sets: dict[str, list[Run]]) -> Figure:
                     )
         square(axes, 128)
         axes.set_title(f"set {name}; small: the paper's {len(paper)} points")
-        axes.legend(loc="lower right", fontsize=7.5)
+        if runs:
+            axes.legend(loc="lower right", fontsize=7.5)
     return figure
 
 
