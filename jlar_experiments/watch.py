@@ -22,7 +22,8 @@ TensorBoard give to them in what they export are found without being named.
 An alarm is a sign of overfitting:
   deviation     LAR is below the baseline's at the same step
   matched_loss  LAR is below the baseline's at the same training loss
-  decline       LAR falls faster, after its peak, than runs that do not overfit
+  decline       LAR falls faster, after its peak, than 3B runs that do not overfit;
+                small models may do so without overfitting: give them a baseline
 Each has to exceed its threshold at two consecutive points; the thresholds are
 calibrated and grow with the noise of the log. The signal `grokking` (the effective
 dimension falls after memorisation; needs --n) is good news and no alarm."""
