@@ -28,9 +28,9 @@ class PaperConfig:
 
     preset: Annotated[
         Preset,
-        "quick: x+y, 50%, one seed, 5 minutes on two cores; cpu: an hour on two cores, of tasks 1, "
-        "2, 3, 9, 10 and x+y at 30%, shortened; full: the paper's 12 tasks and 4 fractions, 5 "
-        "seeds, 50,000 epochs, hours on a GPU, weeks on two cores",
+        "quick: x+y, 50%, one seed; cpu: tasks 1, 2, 3, 9, 10 and x+y at 30%, shortened; full: the "
+        "paper's 12 tasks and 4 fractions, 5 seeds, 50,000 epochs. Estimated from the time of one "
+        "epoch on two quiet cores: 5 minutes, an hour, weeks (full is for a GPU)",
     ] = "cpu"
     set: Annotated[str | None, "only these sets, of " + ", ".join(SETS)] = None
     tasks: Annotated[str | None, "only these tasks of set A, names or numbers"] = None

@@ -39,7 +39,7 @@ def prepare(config: GrokConfig, folder: Path, *, fresh: bool) -> None:
             if earlier != config:
                 _write_longer(path, stored, config)
             return
-        for name in ("metrics.jsonl", "spectra.jsonl", "report.html"):
+        for name in ("metrics.jsonl", "spectra.jsonl", "alpha.jsonl", "report.html"):
             (folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "figures"):
             shutil.rmtree(folder / name, ignore_errors=True)
