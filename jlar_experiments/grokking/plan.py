@@ -15,9 +15,9 @@ Preset = Literal["quick", "cpu", "full"]
 SETS = {
     "A": "the twelve tasks with 50% of the pairs",
     "B": "x+y with 5, 10, 20 and 30%",
-    "dip": "the first 40 epochs of x+y, each logged, at several batch and training set sizes",
-    "dating": "a smaller relative, p = 31, on four tasks, with controls that must not grok",
-    "where": "the same on x+y: norms, embedding scales, tied weights, decay of the gains",
+    "dip": "40 epochs of x+y, each logged, at several batch and set sizes",
+    "dating": "a smaller relative, p = 31: four tasks, three controls",
+    "where": "the same on x+y: norms, embedding scales, tied, decay of gains",
     "mlp": "a one-hot MLP, without a bottleneck",
 }
 
