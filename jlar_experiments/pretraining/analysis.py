@@ -35,6 +35,7 @@ class Run:
     environment: Row
     rows: list[Row]
     inspections: list[Row]
+    common: frozenset[str] = frozenset()  # settings that all runs beside it share
 
     def curve(self, name: str) -> Curve:
         """A column of metrics.jsonl over all steps, nan where it was not measured."""
@@ -80,7 +81,7 @@ class Run:
         different = [
             f"{each.name} {value}"
             for each in dataclasses.fields(PretrainConfig)
-            if each.name not in (*COMPARED, "optimiser")
+            if each.name not in (*COMPARED, "optimiser", *self.common)
             and (value := getattr(self.config, each.name)) != getattr(self._usual, each.name)
         ]
         return ", ".join([self.config.optimiser, short(self.config.unique_tokens), *different])
@@ -120,6 +121,11 @@ def read(folder: Path) -> list[Run]:
         inspections = records.read(path.parent / "inspections.jsonl")
         if len(rows) > 1:
             found.append(Run(config, stored.pop("preset"), stored, rows, inspections))
+    names = [each.name for each in dataclasses.fields(PretrainConfig)]
+    common = frozenset(
+        name for name in names if len({getattr(run.config, name) for run in found}) == 1
+    )
+    found = [dataclasses.replace(run, common=common) for run in found]
     order = {"adam": 0, "adamw": 1, "muon": 2}
     found.sort(key=lambda r: (order[r.config.optimiser], -r.config.unique_tokens, r.config.seed))
     return found
