@@ -91,7 +91,7 @@ def compiled(topology: str, tensor: int, side: str, layers: int, unroll: int) ->
 
 def whole(programs: dict[str, dict[str, float]]) -> dict[str, float]:
     """The step of 8 layers: memory as compiled, the rest from two and three layers."""
-    two, three = programs["2"], programs["3"]
+    two, three = ({k: v for k, v in programs[d].items() if k != "compile_seconds"} for d in "23")
     figures = {name: two[name] + (LAYERS - 2) * (three[name] - two[name]) for name in two}
     return {**figures, "chips": two["chips"], "peak_bytes": programs["scanned"]["peak_bytes"]}
 
