@@ -134,14 +134,18 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "jlar_experiments.cli", "grok", *TINY]
     command += ["--epochs=100000", "--weight-decay=0", "--log-every=50", "--out=run"]
-    process = subprocess.Popen(
+    popen = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "run" / "metrics.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    with popen as process:  # closes its pipe
+        try:
+            while not (tmp_path / "run" / "metrics.jsonl").exists():
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=300)  # XLA compiles to its end first
+        finally:
+            process.kill()
     assert process.returncode == 130, said
     assert "the same command continues run" in said and "Traceback" not in said
 
