@@ -114,8 +114,8 @@ def _lar(runs: list[Run]) -> Figure:
             if run.overfits:
                 for axes in (above, below):
                     axes.axvline(run.overfitting_step, color=colour, linestyle=":", linewidth=0.9)
-        above.set_title(f"{name}: validation (thick) and training loss (thin)")
-        above.legend()
+        above.set_title(f"{name}: validation (thick), training loss")
+        above.legend(loc="lower left")
         below.set(xlabel="step", ylabel="LAR")
     grid[0, 0].set_ylabel("loss, nats")
     return figure
