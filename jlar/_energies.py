@@ -133,8 +133,9 @@ def energies(
         mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
         axes: inside `jax.shard_map`, the mesh axes that split tokens, outputs and inputs, such as
             `{"t": "data", "m": "model"}`; the result is that of the whole arrays, on every device,
-            by sums of a few scalars. Where an axis splits "n", or both "m" and "t" (FSDP), Y has to
-            be given: one device could not compute it.
+            by sums of a few scalars. Along a named axis that does not split an array, its values
+            have to be the same on every device. Where an axis splits "n", or both "m" and "t"
+            (FSDP), Y has to be given: one device could not compute it.
 
     Returns:
         `Energies`, scalar fields, float32 (float64 if an input is). Entries of W, X and Y between

@@ -70,6 +70,8 @@ def tap(
         0.5024
     """
     split = mesh.split(axes)
+    mesh.check_varies(W, "W", split.m + split.n)
+    mesh.check_varies(X, "X", split.t + split.columns)
     tokens = _token_axes(probe.n // mesh.size(split.n), W, X, Y)
     keep = None if mask is None else check.check_mask(mask, tokens)
     w, x, y = jax.lax.stop_gradient((W, X, Y))

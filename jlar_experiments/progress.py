@@ -11,20 +11,41 @@ from .records import Row
 SECONDS_BETWEEN_LINES = 10
 
 
-class Progress:
-    """A bar over epochs; until all seeds have grokked, the time left is an upper bound."""
+class _Bar:
+    """The bar, and how often there is a line instead."""
 
-    def __init__(self, epochs: int, first: int):
+    def __init__(self, total: int, first: int, unit: str, left: str):
         self._terminal = sys.stderr.isatty()
         self._spoken = -float("inf")
         self._bar = tqdm(
-            total=epochs,
+            total=total,
             initial=first,
-            unit="epoch",
+            unit=unit,
             disable=not self._terminal,
             dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} epochs |{bar}| {desc} · {remaining} left at most",
+            bar_format="{n_fmt}/{total_fmt} " + unit + "s |{bar}| {desc} · {remaining} " + left,
         )
+
+    def _tell(self, at: int, end: int, line: str, text: str) -> None:
+        if self._terminal:
+            self._bar.total = end
+            self._bar.set_description_str(text, refresh=False)
+            self._bar.n = at
+            self._bar.refresh()
+        elif at >= end or time.monotonic() - self._spoken >= SECONDS_BETWEEN_LINES:
+            self._spoken = time.monotonic()
+            print(f"{line}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is and free the line."""
+        self._bar.close()
+
+
+class Progress(_Bar):
+    """A bar over epochs; until all seeds have grokked, the time left is an upper bound."""
+
+    def __init__(self, epochs: int, first: int):
+        super().__init__(epochs, first, "epoch", "left at most")
 
     def show(self, epoch: int, rows: list[Row], end: int) -> None:
         """Tell of the logs of this epoch; the run lasts until `end` at most."""
@@ -36,38 +57,15 @@ class Progress:
             f"train {mean['train_acc']:.1%} val {mean['val_acc']:.1%} "
             f"LAR {mean['lar']:.3f} k {mean['k_pred']:.1f}"
         )
-        if self._terminal:
-            self._bar.total = end
-            self._bar.n = epoch
-            self._bar.set_description_str(text)
-        elif epoch >= end or time.monotonic() - self._spoken >= SECONDS_BETWEEN_LINES:
-            self._spoken = time.monotonic()
-            print(f"epoch {epoch} of at most {end}: {text}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leave the bar as it is and free the line."""
-        self._bar.close()
+        self._tell(epoch, end, f"epoch {epoch} of at most {end}", text)
 
 
-def say(text: str) -> None:
-    """Print a line without breaking a bar."""
-    tqdm.write(text, file=sys.stderr)
-
-
-class Steps:
+class Steps(_Bar):
     """A bar over the steps of one run."""
 
     def __init__(self, steps: int, first: int):
-        self._terminal, self._steps = sys.stderr.isatty(), steps
-        self._spoken = -float("inf")
-        self._bar = tqdm(
-            total=steps,
-            initial=first,
-            unit="step",
-            disable=not self._terminal,
-            dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} steps |{bar}| {desc} · {remaining} left",
-        )
+        super().__init__(steps, first, "step", "left")
+        self._steps = steps
 
     def show(self, step: int, row: Row) -> None:
         """Tell of this row, the last one read."""
@@ -75,13 +73,9 @@ class Steps:
         if row.get("lar") is not None:
             text += f" LAR {row['lar']:.3f}"
         text += f" · {row['tokens_per_second']:,.0f} tokens/s"
-        if self._terminal:
-            self._bar.set_description_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif step >= self._steps or time.monotonic() - self._spoken >= SECONDS_BETWEEN_LINES:
-            self._spoken = time.monotonic()
-            print(f"step {step} of {self._steps}: {text}", file=sys.stderr, flush=True)
+        self._tell(step, self._steps, f"step {step} of {self._steps}", text)
 
-    def close(self) -> None:
-        """Leave the bar as it is and free the line."""
-        self._bar.close()
+
+def say(text: str) -> None:
+    """Print a line without breaking a bar."""
+    tqdm.write(text, file=sys.stderr)

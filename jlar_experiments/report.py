@@ -16,7 +16,12 @@ STUDIES = {
 
 def register(commands: Any) -> None:
     """Add `report` to the commands."""
-    parser = commands.add_parser("report", help="draw a run's report again, from its records")
+    parser = commands.add_parser(
+        "report",
+        help="draw a run's report again, from its records",
+        description="Draw the figures and report.html of a run, or of all runs of a study, again\n"
+        "from the records in its folder. Nothing is trained, and the table is printed.",
+    )
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     parser.set_defaults(command=report, parser=parser)
 

@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +62,9 @@ def test_the_death_of_a_host_ends_the_other_with_an_error(killed):
         for host in hosts:
             assert host.stdout is not None and host.stdout.readline()  # in the midst of training
         hosts[killed].kill()
-        survivor, start_of_wait = hosts[1 - killed], time.monotonic()
+        survivor = hosts[1 - killed]
         _, errors = ended(survivor)
         assert survivor.returncode != 0
-        assert time.monotonic() - start_of_wait < PATIENCE
         # Gloo, the coordination service or its heartbeat: whichever notices first.
         said = ("another task died", "Connection", "heartbeat", "Gloo", "unhealthy")
         assert any(word in errors for word in said), errors

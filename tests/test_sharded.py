@@ -463,6 +463,14 @@ def test_more_misuse_inside_shard_map(unchecked):
     with pytest.raises(ValueError, match='tokens "t" and the vocabulary "m"'):
         loss = partial(jlar.losses.cross_entropy, axes={"t": "data", "n": "model"})
         on_mesh(loss, (P(None, "model"), P("data"), P("data")))(W, X, labels)
+    for same, specs in (("W", (P(), P("data"))), ("X", (P("model"), P()))):
+        split = f"{same} is the same on every device"
+        with pytest.raises(ValueError, match=split):
+            loss = partial(jlar.losses.cross_entropy, axes=AXES)
+            on_mesh(loss, (*specs, P("data")))(W, X, labels)
+        with pytest.raises(ValueError, match=split):
+            tap = partial(jlar.probes.tap, jlar.Energies.zeros(N), axes=AXES)
+            on_mesh(lambda W, X, tap=tap: tap(W, X, X @ W.T), specs, P("data", None, "model"))(W, X)
     unaware = jax.shard_map(
         partial(jlar.losses.cross_entropy, axes=AXES),
         mesh=mesh_of(AxisType.Auto),

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from ..options import Parser
 from .config import PretrainConfig
 from .presets import PRESETS, Preset
 
+CHOICE = "model, data and optimisers; `jlar pretrain --help` ends with each [bytes-tiny]"
+
 RUNS = Path("runs")
 
 
 def register(commands: Any) -> None:
     """Add `data` and `pretrain` to the commands."""
     _data_parser(commands)
-    described = "\n\n".join(f"{name}: {type(each).__doc__}" for name, each in PRESETS.items())
+    described = "\n\n".join(
+        f"{name}: {inspect.cleandoc(type(each).__doc__ or '')}" for name, each in PRESETS.items()
+    )
     parser = commands.add_parser(
         "pretrain",
         help="train a language model, once or again and again on the same data",
@@ -53,7 +58,7 @@ def register_paper(studies: Any) -> None:
 
 
 def _where(parser: Any, folder: str) -> None:
-    parser.add_argument("--preset", choices=PRESETS, default="bytes-tiny", help="[bytes-tiny]")
+    parser.add_argument("--preset", choices=PRESETS, default="bytes-tiny", help=CHOICE)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=folder)
     parser.add_argument(
         "--data",
@@ -80,7 +85,7 @@ def sizes(text: str) -> tuple[int, ...]:
     """Numbers of tokens, the largest first."""
     numbers = tuple(int(each) for each in text.split(","))
     if list(numbers) != sorted(set(numbers), reverse=True):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"write the largest first, each once; got {text}")
     return numbers
 
 
