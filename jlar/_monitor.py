@@ -17,6 +17,7 @@ BEHIND, BEHIND_AT_LOSS = 0.2, 0.1
 ALIGNED = 0.53  # a run that has not been above it is initialisation: nothing is said
 MEMORISED = 0.05  # of the largest training loss
 STEEP = 1.6  # times the allowed decline: a run that falls less steeply now starts no alarm
+EARLY = 1.2  # times what the run lost in the first doubling after its peak is allowed from there on
 LEVEL, PEAK, SLOPE = 1 / 8, 1 / 2, 1 / 2  # doublings that the means and the slope are over
 CONFIRMATIONS = 2  # consecutive points it takes to start or to end an alarm
 
@@ -32,9 +33,9 @@ class Thresholds:
     deviation: float = 0.0072
     """LAR below the baseline."""
     decline: float = 0.0038
-    """LAR lost since the peak beyond `allowed`."""
+    """LAR lost beyond what is allowed."""
     allowed: float = 0.0075
-    """LAR lost per doubling of steps."""
+    """LAR lost per doubling of steps, however the run itself began its decline."""
     noises: float = 1.2
     """Standard deviations of the run's noise on top of `deviation` and of `decline`."""
     grokked: float = 0.4
@@ -90,8 +91,10 @@ class Monitor(eqx.Module):
 
     * `deviation`: how far LAR is below the baseline's at the same step.
     * `matched_loss`: how far it is below the baseline's at the same training loss.
-    * `decline`: how much LAR has lost since its own peak beyond `Thresholds.allowed` per doubling
-      of steps, the slow decline of runs that do not overfit. Silent where the baseline shares it.
+    * `decline`: how much LAR has lost beyond what runs lose that do not overfit: per doubling of
+      steps `Thresholds.allowed`, or 1.2 times what the run itself has lost in the first doubling
+      after its peak, if that is more; before that doubling is over nothing is said. Silent where
+      the baseline shares it.
     * `grokking`: how much LAR has risen since memorisation (training loss below a twentieth of its
       largest), so that $k = n^{2(1-LAR)}$ is $n^{-2 level}$ of what it was; it rings at two fifths.
       Needs n. Networks may generalise without it (small initialisation).
@@ -127,8 +130,13 @@ class Monitor(eqx.Module):
     decline: Signal
     grokking: Signal
     peak_lar: Float[Array, "*runs"]
-    """LAR at the peak that the decline is counted from; nan before there is one."""
+    """The largest LAR, a mean over half a doubling; nan before there is one."""
     peak_step: Float[Array, "*runs"]
+    early_decline: Float[Array, "*runs"]
+    """LAR lost per doubling in the first doubling after the peak; nan before that is over."""
+    counted_lar: Float[Array, "*runs"]
+    """LAR where the decline is counted from."""
+    counted_step: Float[Array, "*runs"]
     slope: Float[Array, "*runs"]
     """Change of LAR per doubling of steps, over the last half of a doubling."""
     steepest: Float[Array, "*runs"]
@@ -167,6 +175,9 @@ class Monitor(eqx.Module):
             grokking=silent,
             peak_lar=nan,
             peak_step=nan,
+            early_decline=nan,
+            counted_lar=nan,
+            counted_step=nan,
             slope=nan,
             steepest=jnp.zeros((), jnp.float32),
             memorised_lar=nan,
@@ -236,6 +247,9 @@ class Monitor(eqx.Module):
             grokking=grokking,
             peak_lar=self.peak_lar,
             peak_step=self.peak_step,
+            early_decline=self.early_decline,
+            counted_lar=self.counted_lar,
+            counted_step=self.counted_step,
             slope=self.slope,
             steepest=self.steepest,
             memorised_lar=memorised_lar,
@@ -256,14 +270,26 @@ class Monitor(eqx.Module):
         slope = jnp.where(run.enough, run.slope(SLOPE), jnp.nan)
         noise = jnp.maximum(noise, run.resolution)  # a log of two decimals shows no other noise
 
-        def tilted(u: Array, lar: Array) -> Array:
-            return lar + limits.allowed * u  # constant along the decline that is allowed
+        u_mean, lar_mean = run.level(PEAK, single[0])
+        rising = run.enough & ~(lar_mean <= self.peak_lar)
+        peak_lar = jnp.where(rising, lar_mean, self.peak_lar)
+        peak_step = jnp.where(rising, jnp.exp2(u_mean), self.peak_step)
+        doublings = u[0] - jnp.log2(peak_step)
+        early = jnp.where(rising, jnp.nan, self.early_decline)
+        ends = (doublings >= 1) & jnp.isnan(early)  # the first doubling after the peak
+        early = jnp.where(ends, (peak_lar - level[0]) / doublings, early)
+        allowed = jnp.fmax(limits.allowed, EARLY * early)
 
-        u_peak, lar_peak = run.level(PEAK, single[0])
-        held = tilted(jnp.log2(self.peak_step), self.peak_lar)
-        higher = run.enough & ~(tilted(u_peak, lar_peak) <= held)
-        peak_lar = jnp.where(higher, lar_peak, self.peak_lar)
-        peak_step = jnp.where(higher, jnp.exp2(u_peak), self.peak_step)
+        def tilted(u: Array, lar: Array) -> Array:
+            return lar + allowed * u  # constant along the decline that is allowed
+
+        held = tilted(jnp.log2(self.counted_step), self.counted_lar)
+        higher = run.enough & ~(tilted(u_mean, lar_mean) <= held)
+        counted_lar = jnp.where(higher, lar_mean, self.counted_lar)
+        counted_step = jnp.where(higher, jnp.exp2(u_mean), self.counted_step)
+        anew = ends & (allowed > limits.allowed)
+        counted_lar = jnp.where(anew, level[0], counted_lar)
+        counted_step = jnp.where(anew, jnp.exp2(u[0]), counted_step)
         level = jnp.where(peak_lar >= ALIGNED, level, jnp.nan)
 
         passed = jnp.exp2(run.doublings[-2] - run.doublings[-1])  # last step over this one
@@ -274,11 +300,11 @@ class Monitor(eqx.Module):
             signal.update(self.step, heard[i], level[i], far[i - 1], noise[i])
             for i, signal in ((1, self.deviation), (2, self.matched_loss))
         )
-        lost = tilted(jnp.log2(peak_step), peak_lar) - tilted(u[0], level[0])
+        lost = tilted(jnp.log2(counted_step), counted_lar) - tilted(u[0], level[0])
         compared = self.windows.doublings[0, -1] - self.windows.doublings[1, -1] < LEVEL
         shared = compared & (deviation.level < deviation.threshold / 2)
         # What the end of a warm-up has cost stays lost, but goes on no longer.
-        over = ~self.decline.alarm & (slope > -STEEP * limits.allowed)
+        over = (doublings < 1) | ~self.decline.alarm & (slope > -STEEP * limits.allowed)
         decline = self.decline.update(
             self.step,
             heard[0],
@@ -292,6 +318,9 @@ class Monitor(eqx.Module):
             "decline": decline,
             "peak_lar": peak_lar,
             "peak_step": peak_step,
+            "early_decline": early,
+            "counted_lar": counted_lar,
+            "counted_step": counted_step,
             "slope": slope,
             "steepest": steepest,
         }
