@@ -109,7 +109,7 @@ def cross_entropy(
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 token, or None to choose it; got {chunk}.")
     mesh.check_varies(W, "W", split.m)
-    mesh.check_varies(X, "X", split.t)
+    mesh.check_varies(jnp.asarray(X), "X", split.t)
     tokens = jnp.shape(X)[:-1]
     labels = _check_labels(labels, tokens)
     keep = labels != ignore

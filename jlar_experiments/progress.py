@@ -55,7 +55,7 @@ class Progress(_Bar):
         }
         text = (
             f"train {mean['train_acc']:.1%} val {mean['val_acc']:.1%} "
-            f"LAR {mean['lar']:.3f} k {mean['k_pred']:.1f}"
+            f"LAR {mean['lar']:.3f} k {mean['k_pred']:.1f}" + _ringing(rows)
         )
         self._tell(epoch, end, f"epoch {epoch} of at most {end}", text)
 
@@ -72,8 +72,13 @@ class Steps(_Bar):
         text = f"loss {row['train_loss']:.3f}"
         if row.get("lar") is not None:
             text += f" LAR {row['lar']:.3f}"
-        text += f" · {row['tokens_per_second']:,.0f} tokens/s"
+        text += f" · {row['tokens_per_second']:,.0f} tokens/s" + _ringing([row])
         self._tell(step, self._steps, f"step {step} of {self._steps}", text)
+
+
+def _ringing(rows: list[Row]) -> str:
+    names = dict.fromkeys(name for row in rows for name in row.get("alarms", ()))
+    return " · " + ", ".join(names) if names else ""
 
 
 def say(text: str) -> None:

@@ -175,6 +175,16 @@ def summary(run: Run) -> tuple[str, list[list[str]]]:
     return source, table
 
 
+def heard(run: Run) -> str:
+    """When each signal of the monitor first rang, by seed; empty if none did."""
+    first: dict[str, str] = {}
+    for seed, line in run.seeds.items():
+        for row in line.rows:
+            for name in row.get("alarms", ()):
+                first.setdefault(f"{name}, seed {seed}", f"since epoch {row['epoch']}")
+    return "; ".join(f"{name}: {since}" for name, since in first.items())
+
+
 def _is(reference_point: dict[str, str], point: str, run: Run) -> bool:
     return reference_point["checkpoint"] == paper_point(point, run.grokked)
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import records
 from ..config import GrokConfig
+from ..monitoring import live
 from ..progress import Progress, say
 from ..records import Row
 from . import train
@@ -123,6 +124,7 @@ class Ensemble:
             data = train.data(each.config)
             places = range(each.config.seeds)
             self.members += [Member(each, i, train.member(data, i)) for i in places]
+        self.bells = {each: live.Bell(each.run.states[each.place].monitor) for each in self.members}
         self.unsaved: set[Run] = {each for each in runs if not each.started}
         self.saved_at = time.monotonic()
         self._place(self.members)
@@ -163,7 +165,13 @@ class Ensemble:
         if not members:
             return []
         start = time.perf_counter()
-        metrics, spectra = jax.device_get(train.evaluated(self.mesh, self.state, self.data))
+        metrics, spectra = train.evaluated(self.mesh, self.state, self.data)
+        state = self.state
+        # A last log between two others is not there if the run goes on, so no monitor sees it.
+        regular = jnp.where(state.epoch % self.program.log_every == 0, state.epoch, 0)
+        monitor, rings = live.watch_each(state.monitor, regular, metrics.lar, metrics.train_loss)
+        self.state = state._replace(monitor=monitor)
+        metrics, spectra, rings = jax.device_get((metrics, spectra, rings))
         seconds = {
             "training_seconds": round(training_seconds, 4),
             "evaluation_seconds": round((time.perf_counter() - start) / len(members), 4),
@@ -173,8 +181,11 @@ class Ensemble:
             if each in members:
                 values = {name: records.number(a[i]) for name, a in metrics._asdict().items()}
                 epoch = each.upto if each.line.epoch >= 0 else 0
-                row = {**values, **seconds}
+                alarms = live.names(rings[i])
+                row = {**values, "alarms": alarms, **seconds}
                 rows.append(each.run.record(each.place, epoch, row, spectra.p[i], spectra.q[i]))
+                where = f"{each.run.folder.name}, seed {each.line.seed}, epoch {epoch}"
+                self.bells[each].hear(alarms, where)
         for run in {each.run for each in members}:
             run.write()
             self.unsaved.add(run)

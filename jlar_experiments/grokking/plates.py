@@ -170,7 +170,9 @@ def _spectra(runs: Sequence[Run]) -> Figure:
                 axes.set_title(f"not {point}")
         panels[0].set_ylabel(f"{name}\nshare of the energy")
     grid[0][0].set_ylim(bottom=1e-6)
-    grid[0][-1].legend(loc="upper right")
+    drawn = [axes for axes in grid.flat if axes.lines]
+    if drawn:
+        drawn[0].legend(loc="upper right")
     return figure
 
 

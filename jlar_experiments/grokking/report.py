@@ -21,5 +21,7 @@ def write(folder: Path) -> str:
     blocks = [page.paragraph(f"{what}, n = {run.config.width}."), page.table(table)]
     blocks += [page.note(note), *(page.figure(*each) for each in figures.items())]
     blocks += [page.heading("Settings"), page.table(settings)]
+    if heard := analysis.heard(run):
+        blocks.insert(2, page.paragraph(f"The monitor, from LAR and the training loss: {heard}."))
     path = page.write(folder, f"jlar grok: {title(run.config)}", blocks)
     return f"{page.text(table, bar=6)}\n{note}\nWritten to {folder}; open {path}"

@@ -24,11 +24,12 @@ HELD = 0.95  # share of the variance for k95, and of p for q_in_top95
 
 
 class State(NamedTuple):
-    """A model, its optimiser and its age; every array has a leading axis of members."""
+    """A model, its optimiser, its age and its monitor; arrays have a leading axis of members."""
 
     model: Model
     optimiser: optax.OptState
     epoch: Int[Array, "*members"]
+    monitor: jlar.Monitor
 
 
 class Data(NamedTuple):
@@ -93,7 +94,8 @@ def initial(config: GrokConfig) -> State:
 def _initial(config: GrokConfig, seeds: Int[Array, " members"]) -> State:
     def one(seed: Int[Array, ""]) -> State:
         model = MODELS[config.model](config, _key(seed, 0))
-        return State(model, _optimiser(config).init(model), jnp.zeros((), jnp.int32))
+        monitor = jlar.Monitor.init(n=config.width)
+        return State(model, _optimiser(config).init(model), jnp.zeros((), jnp.int32), monitor)
 
     return jax.vmap(one)(seeds)
 
@@ -145,8 +147,9 @@ def _epochs(config: GrokConfig, state: State, data: Data, last: Int[Array, ""]) 
         return jax.lax.scan(step, trained, rows[: steps * batch].reshape(steps, batch, 3))[0]
 
     start = (state.model, state.optimiser)
-    model, optimiser_state = jax.lax.fori_loop(state.epoch, last, epoch, start)
-    return State(model, optimiser_state, jnp.maximum(state.epoch, last))
+    model, moments = jax.lax.fori_loop(state.epoch, last, epoch, start)
+    reached = jnp.maximum(state.epoch, last)
+    return state._replace(model=model, optimiser=moments, epoch=reached)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)

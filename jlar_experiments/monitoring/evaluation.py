@@ -1,15 +1,17 @@
-"""The monitor and its trivial comparators on the records of the pre-training study.
+"""The monitor on the records of the two studies, with trivial comparators on pre-training.
 
     python -m jlar_experiments.monitoring.evaluation FOLDER [--json PATH]
 
-FOLDER holds the runs of `jlar paper pretraining`. Each run is compared with a baseline of its
-optimiser, the run on most unique tokens, of every seed there is; baselines with each other. A
-comparator is what LAR's deviation is, on another number: its distance from the baseline's, towards
-the side on which memorisation lies, averaged in the same windows. The threshold of a comparator,
-and of "deviation, as the others", is the largest level at which a pair of baselines would have rung
-in one half of the configurations, the optimisers if there are two, else even and odd seeds; it is
-judged on the other half, both ways. The monitor's own signals have their default thresholds, which
-come from elsewhere. Criterion and results: jlar_experiments/LOG.md.
+FOLDER holds the runs of `jlar paper grokking` or of `jlar paper pretraining`. Of the first: when
+`grokking` and `decline` ring, in runs that reach 95% validation accuracy and in controls that do
+not. Of the second: each run is compared with a baseline of its optimiser, the run on most unique
+tokens, of every seed there is; baselines with each other. A comparator is what LAR's deviation is,
+on another number: its distance from the baseline's, towards the side on which memorisation lies,
+averaged in the same windows. The threshold of a comparator, and of "deviation, as the others", is
+the largest level at which a pair of baselines would have rung in one half of the configurations,
+the optimisers if there are two, else even and odd seeds; it is judged on the other half, both ways.
+The monitor's own signals have their default thresholds, which come from elsewhere. Criterion and
+results: jlar_experiments/LOG.md.
 """
 
 import argparse
@@ -28,10 +30,13 @@ import jlar
 from jlar._monitor import LEVEL
 from jlar._trend import Window
 
-from .. import records
+from .. import records, report
+from ..grokking import analysis, dating, results
+from ..grokking.paper import STUDY
 from . import logs, verdict
 
 NOISES = jlar.Thresholds().noises
+SHORT = 40  # epochs of the runs of figure 9, which end before anything can grok
 SMOOTH = 0.03  # doublings to either side that the validation loss is averaged over for its minimum
 
 
@@ -176,6 +181,28 @@ def evaluation(runs: list[Run]) -> dict[str, Any]:
     return {"runs": len(runs), "pairs": len(pairs), "table": table}
 
 
+def grokking(runs: list[analysis.Run]) -> dict[str, dict[str, str]]:
+    """The table, by size of the task and signal; runs too short to grok are left out."""
+    found: dict[str, list[tuple[float | None, float | None]]] = {}
+    for run in runs:
+        for line in run.seeds.values() if run.config.epochs > SHORT else ():
+            epochs, lar = dating.series(line, "lar")
+            loss = dating.series(line, "train_loss")[1]
+            log = logs.Log(epochs, lar, loss, k=np.full(len(epochs), np.nan), unreadable=0)
+            monitor, _ = verdict.watched(jlar.Monitor.init(n=run.config.width), log, None)
+            said = verdict.verdict(monitor, log, None)["signals"]
+            for name in ("grokking", "decline"):
+                row = found.setdefault(f"p = {run.config.p}: {name}", [])
+                row.append((said[name]["step"], dating.crossing(line, 0.95)))
+    table = {}
+    for name, rows in found.items():
+        timing = _timing([(step, epoch) for step, epoch in rows if epoch is not None])
+        titles = ("grokking: ring", "before 95%", "alarm / epoch of 95%")
+        controls = _share([step for step, epoch in rows if epoch is None])
+        table[name] = dict(zip(titles, timing.values(), strict=True)) | {"controls: ring": controls}
+    return table
+
+
 def _share(steps: list[float | None]) -> str:
     return f"{sum(step is not None for step in steps)} of {len(steps)}"
 
@@ -205,7 +232,10 @@ def main() -> None:
     parser.add_argument("folder", type=pathlib.Path, help="of the runs")
     parser.add_argument("--json", type=pathlib.Path, help="also write the result here")
     arguments = parser.parse_args()
-    found = evaluation(read(arguments.folder))
+    if report.study(arguments.folder) == STUDY:
+        found = {"table": grokking(results.read(arguments.folder))}
+    else:
+        found = evaluation(read(arguments.folder))
     print(markdown(found["table"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -15,6 +15,12 @@ from .logs import Log
 
 OVERFITTING = ("deviation", "matched_loss", "decline")
 SIGNALS = (*OVERFITTING, "grokking")
+MEANING = {
+    "deviation": "LAR is below the baseline's at the same step",
+    "matched_loss": "LAR is below the baseline's at the same training loss",
+    "decline": "LAR has lost more since its peak than runs lose that do not overfit",
+    "grokking": "the effective dimension is at two fifths of what it was at memorisation",
+}
 CHUNK = 256  # rows that are watched by one program; a log is padded to a multiple
 STILL = 0.005  # LAR per doubling of steps, that counts as settled
 
@@ -169,13 +175,8 @@ def _opening(found: dict[str, Any]) -> str:
 
 def _alarm(name: str, signal: dict[str, Any]) -> str:
     far = f"{signal['level']:.4f} now, threshold {signal['threshold']:.4f}"
-    said = {
-        "deviation": "below the baseline at the same step",
-        "matched_loss": "below the baseline at the same training loss",
-        "decline": "lost since the peak, beyond the slow decline of runs that do not overfit",
-    }[name]
     over = "" if signal["rings_now"] else "; it has ended since"
-    return f"ALARM ({name}) since step {signal['step']}: {said} ({far}){over}."
+    return f"ALARM ({name}) since step {signal['step']}: {MEANING[name]} ({far}){over}."
 
 
 def _reach(baseline: dict[str, Any], step: float) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from .. import records
+from ..monitoring.verdict import OVERFITTING
 from ..records import Row
 from .config import PretrainConfig
 from .presets import PRESETS
@@ -74,6 +75,23 @@ class Run:
         width = min(5, len(losses))
         means = np.convolve(losses, np.full(width, 1 / width), mode="valid")
         return bool(means[-1] > 1.02 * means.min())
+
+    @cached_property
+    def alarms(self) -> dict[str, int]:
+        """Signals of overfitting that rang while it trained, and the step at which each first did;
+        the earliest first."""
+        first: dict[str, int] = {}
+        for row in self.rows:
+            for name in row.get("alarms", ()):
+                first.setdefault(name, row["step"])
+        return {name: step for name, step in first.items() if name in OVERFITTING}
+
+    @property
+    def alarm(self) -> str:
+        """The first alarm in words."""
+        if not any("alarms" in row for row in self.rows):
+            return "not watched"
+        return next((f"{step} ({name})" for name, step in self.alarms.items()), "none")
 
     @property
     def label(self) -> str:

@@ -32,6 +32,12 @@ def register(commands: Any) -> None:
     )
     parser.set_defaults(command=pretrain, parser=parser)
     _where(parser, "folder of the run [runs/<preset>/<its settings>]")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FOLDER",
+        help="a finished run that does not overfit, for the monitor to compare this one with",
+    )
     settings = parser.add_argument_group("instead of the preset's setting")
     options.add_settings(settings, PretrainConfig, given_only=True)
 
@@ -143,7 +149,8 @@ def pretrain(arguments: argparse.Namespace) -> int:
     preset = PRESETS[arguments.preset]
     config = _config(arguments, preset)
     folder = arguments.out or RUNS / arguments.preset / preset.name(config)
-    code = _trained(arguments, None if arguments.out else folder.parent, [(config, folder)])
+    run = (config, folder, arguments.baseline)
+    code = _trained(arguments, None if arguments.out else folder.parent, [run])
     return code if code else _report(folder if arguments.out else folder.parent)
 
 
@@ -159,9 +166,16 @@ def paper(arguments: argparse.Namespace) -> int:
         parser.error(f"{name} differs between the runs; jlar pretrain takes it for one run")
     root = arguments.out or RUNS / arguments.preset
     try:
-        runs = [(arm, root / preset.name(arm)) for arm in arms]
+        folders = [(arm, root / preset.name(arm)) for arm in arms]
     except ValueError as error:
         parser.error(options.as_options(str(error), list(_settings())))
+    first: dict[str, Path] = {}  # of each optimiser: what the others are compared with
+    for arm, folder in folders:
+        first.setdefault(arm.optimiser, folder)
+    runs = [
+        (arm, folder, None if folder == first[arm.optimiser] else first[arm.optimiser])
+        for arm, folder in folders
+    ]
     code = _trained(arguments, root, runs)
     return code if code else _report(root)
 
@@ -183,9 +197,14 @@ def _config(arguments: argparse.Namespace, preset: Preset) -> PretrainConfig:
 
 
 def _trained(
-    arguments: argparse.Namespace, root: Path | None, runs: list[tuple[PretrainConfig, Path]]
+    arguments: argparse.Namespace,
+    root: Path | None,
+    runs: list[tuple[PretrainConfig, Path, Path | None]],
 ) -> int:
-    """Train each run in its folder, which may be in a common root; the exit code."""
+    """Train each run in its folder, beside the baseline in another; the exit code.
+
+    `root` is the folder of all, if they have one in common.
+    """
     parser: Parser = arguments.parser
     import jax
 
@@ -194,8 +213,9 @@ def _trained(
     from ..checkpoint import Unsaved
     from . import corpus, study
 
-    for config, folder in runs:
+    for config, folder, compared in runs:
         try:
+            baseline = None if compared is None else study.baseline(compared)
             tokens = study.tokens(config, arguments.data)
             study.check(config, tokens)
             if jax.process_index() == 0:
@@ -204,7 +224,7 @@ def _trained(
                 study.prepare(config, arguments.preset, folder, fresh=arguments.fresh)
             if len(runs) > 1:
                 print(f"{folder.name}: {config.epochs:.3g} epochs", file=sys.stderr)
-            if not study.run(config, folder, tokens):
+            if not study.run(config, folder, tokens, baseline):
                 print(f"{folder} is finished", file=sys.stderr)
         except (ValueError, study.Refused, corpus.Unusable, Unsaved, OSError) as error:
             parser.error(options.as_options(str(error), list(_settings())))

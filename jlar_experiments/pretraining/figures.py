@@ -52,7 +52,7 @@ def draw(runs: list[Run], folder: Path) -> dict[str, str]:
 LAR_CAPTION = (
     "Training and validation loss (above) and LAR of the unembedding on the training batch "
     "(below), one column per optimiser, one colour per size of the data. Dotted: lowest "
-    "validation loss."
+    "validation loss. Triangle: first alarm of the monitor, which sees no validation loss."
 )
 DIFFERENTIAL_CAPTION = (
     "Generalisation gap of each run (above) and its LAR differential D, baseline less run (below): "
@@ -110,7 +110,10 @@ def _lar(runs: list[Run]) -> Figure:
             above.plot(step, run.train_loss, color=colour, linewidth=0.7, alpha=0.6)
             losses = run.curve("val_loss")[run.validated]
             above.plot(run.validated, losses, color=colour, linewidth=1.4, label=_size(run))
-            below.plot(step, smoothed(run.lar, 10), color=colour, linewidth=1.2)
+            lar = smoothed(run.lar, 10)
+            below.plot(step, lar, color=colour, linewidth=1.2)
+            rang = list(run.alarms.values())[:1]
+            below.plot(rang, lar[rang], color=colour, marker="v", markersize=7, linestyle="")
             if run.overfits:
                 for axes in (above, below):
                     axes.axvline(run.overfitting_step, color=colour, linestyle=":", linewidth=0.9)

@@ -8,6 +8,7 @@ import numpy as np
 from .. import page
 from . import figures
 from .analysis import Pair, Run, declines, floors, pairs, paper_declines, pearson, short, spearman
+from .train import TOP
 
 PAPER_PEAKS = {"adam": ".676", "muon": ".688"}  # of LAR, section 5
 NOTE = (
@@ -22,6 +23,20 @@ TABLE_2 = (
     "paper's table 2 is per 1000 of its 10,000 steps); - before LAR's peak, * up to three tenths "
     "that end at overfitting. The paper's model has 3B parameters."
 )
+LEADING = (
+    "Of the unembedding on the last training batch: ratios of neighbouring singular values s and "
+    "shares p and q of the first two directions, the top-k split LAR = L_k + D_k, Pearson's "
+    "correlation of p and q. The paper's line is what its text says of its runs after step 2000."
+)
+# Section 5 and appendix C of arXiv 2605.28975; what it does not say is "-".
+PAPER_LEADING = {
+    "s1/s2": "about 3",
+    "p1": ".04-.07",
+    "q1": "near .04, less if overfitting",
+    "q1/q2": "1.1-4.0, median 2.3",
+    "corr": "above .9",
+    "stable rank": "15-20",
+}
 
 
 def write(folder: Path) -> str:
@@ -36,7 +51,11 @@ def write(folder: Path) -> str:
         blocks.append(page.note(NOTE))
     blocks += [page.figure(name, caption) for name, caption in drawn.items()]
     blocks += [page.heading("Rate of decline"), page.table(decline_table(runs))]
-    blocks += [page.note(TABLE_2), page.heading("Settings"), page.table(_settings(runs))]
+    blocks.append(page.note(TABLE_2))
+    if len(leading := leading_table(runs)) > 2:
+        blocks += [page.heading("The leading directions, at the end"), page.table(leading)]
+        blocks.append(page.note(LEADING))
+    blocks += [page.heading("Settings"), page.table(_settings(runs))]
     path = page.write(folder, f"jlar pretrain: {runs[0].preset}", blocks)
     said = [page.text(table)]
     if len(compared) > 1:
@@ -57,7 +76,7 @@ def figures_runs(folder: Path) -> list[Run]:
 def overview(runs: list[Run]) -> list[list[str]]:
     """One line per run: what it saw, where LAR peaked and ended, and when it overfitted."""
     header = ["run", "seed", "epochs", "steps", "LAR start", "peak", "at step", "end", "paper peak",
-              "train loss", "val loss", "lowest val", "at step", "tokens/s"]  # fmt: skip
+              "train loss", "val loss", "lowest val", "at step", "alarm", "tokens/s"]  # fmt: skip
     table = [header]
     for run in runs:
         losses, end = run.curve("val_loss")[run.validated], len(run.lar) // 10 or 1
@@ -77,6 +96,7 @@ def overview(runs: list[Run]) -> list[list[str]]:
                 f"{losses[-1]:.3f}",
                 f"{losses.min():.3f}",
                 f"{run.overfitting_step}{'' if run.overfits else ' (no overfitting)'}",
+                run.alarm,
                 f"{np.median(run.curve('tokens_per_second')):,.0f}",
             ]
         )
@@ -122,6 +142,21 @@ def decline_table(runs: list[Run]) -> list[list[str]]:
         ]
         table.append([str(window + 2), *shown])
     return table
+
+
+def leading_table(runs: list[Run]) -> list[list[str]]:
+    """One line per run: the first directions of its last inspection; then the paper's."""
+    split = [f"{letter}{k}" for k in TOP for letter in "LD"]
+    header = ["run", "seed", "s1/s2", "p1", "q1", "q1/q2", "corr", "stable rank", *split]
+    table = [header]
+    for run in runs:
+        if run.inspections:
+            row = run.inspections[-1]
+            (p1, p2), (q1, q2) = row["p"][:2], row["q"][:2]
+            cells = [(p1 / p2) ** 0.5, p1, q1, q1 / q2, row["corr"], row["stable_rank"]]
+            cells += [row.get(name, np.nan) for name in split]
+            table.append([run.label, str(run.config.seed), *(f"{each:.3f}" for each in cells)])
+    return [*table, ["the paper's", "-", *(PAPER_LEADING.get(name, "-") for name in header[2:])]]
 
 
 def _settings(runs: list[Run]) -> list[list[str]]:

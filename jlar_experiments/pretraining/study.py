@@ -17,8 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+import jlar
+
 from .. import records
 from ..checkpoint import Checkpoints
+from ..monitoring import live
 from ..progress import Steps, say
 from . import corpus, data, sharding, train
 from .config import PretrainConfig
@@ -99,7 +102,13 @@ def _check_same(stored: PretrainConfig, config: PretrainConfig, folder: Path) ->
 class Study:
     """The run in a folder: its state, its data, its records and where it stands."""
 
-    def __init__(self, config: PretrainConfig, folder: Path, tokens: Path):
+    def __init__(
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        tokens: Path,
+        baseline: jlar.Baseline | None = None,
+    ):
         self.config, self.folder = config, folder
         self.iterator = data.batches(config, tokens, 0)
         self.program = _program(
@@ -109,12 +118,13 @@ class Study:
         validation = data.validation(config, tokens)
         place = NamedSharding(mesh, PartitionSpec(None, *sharding.BATCH))
         self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.baseline = jax.device_put(jax.tree.map(np.asarray, baseline), self.everywhere)
         self.validation = jax.make_array_from_callback(
             validation.shape, place, lambda part: validation[part]
         )
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.writes = jax.process_index() == 0
-        self.pending: tuple[int, train.Metrics] | None = None
+        self.pending: tuple[int, train.Metrics, jax.Array | None] | None = None
         self.rows: list[records.Row] = []
         self.val_loss: dict[int, float] = {}
         self.clock = time.perf_counter()
@@ -134,6 +144,7 @@ class Study:
             say(f"continuing from step {self.step}")
         else:
             self.state = self.program.initial(self.config.seed)
+        self.bell = None if self.state.monitor is None else live.Bell(self.state.monitor)
         if self.writes:
             for name in ("metrics.jsonl", "inspections.jsonl"):
                 records.keep(self.folder / name, lambda row: row["step"] < self.step)
@@ -155,16 +166,27 @@ class Study:
                 self.inspect(batch)
             self.clock = time.perf_counter()
         self.state, metrics = self.program.step(self.state, batch)
+        rings = self.watch(metrics)
         self.read()  # the step before: the device has this one to do meanwhile
-        self.pending = (step, metrics)
+        self.pending = (step, metrics, rings)
         self.step = step + 1
+
+    def watch(self, metrics: train.Metrics) -> jax.Array | None:
+        """Let the monitor see this step; returns which signals ring, to be read like metrics."""
+        if self.state.monitor is None:
+            return None
+        step = jax.device_put(np.int32(self.step), self.everywhere)
+        lar = metrics.lars["unembedding"]
+        monitor, rings = live.watch(self.state.monitor, step, lar, metrics.loss, self.baseline)
+        self.state = self.state._replace(monitor=monitor)
+        return rings
 
     def read(self) -> None:
         """Turn the metrics of the last step that was started into a row."""
         if self.pending is None:
             return
-        (step, metrics), self.pending = self.pending, None
-        metrics = jax.device_get(metrics)
+        (step, *arrays), self.pending = self.pending, None
+        metrics, rings = jax.device_get(arrays)
         now = time.perf_counter()
         speed, self.clock = self.config.tokens_per_step / (now - self.clock), now
         tokens = (step + 1) * self.config.tokens_per_step
@@ -182,6 +204,10 @@ class Study:
             row["keep_rate"] = records.number(metrics.keep_rates["unembedding"])
         if len(metrics.lars) > 1:
             row["lars"] = _numbers(metrics.lars)
+        if self.bell is not None:
+            row["alarms"] = live.names(rings)
+            if self.writes:
+                self.bell.hear(row["alarms"], f"step {step}")
         if step in self.val_loss:
             row["val_loss"] = self.val_loss.pop(step)
         row["tokens_per_second"] = round(speed, 1)
@@ -230,9 +256,11 @@ def _numbers(arrays: dict[str, np.ndarray]) -> records.Row:
     }
 
 
-def run(config: PretrainConfig, folder: Path, tokens: Path) -> bool:
+def run(
+    config: PretrainConfig, folder: Path, tokens: Path, baseline: jlar.Baseline | None = None
+) -> bool:
     """Train, or continue, the run in this folder; False if there was nothing left to do."""
-    study = Study(config, folder, tokens)
+    study = Study(config, folder, tokens, baseline)
     try:
         study.resume()
         if study.step >= config.steps:
@@ -285,6 +313,14 @@ def check(config: PretrainConfig, tokens: Path) -> None:
     data.check(config, sharding.mesh(config.tensor))
     data.batches(config, tokens, 0).close()
     data.validation(config, tokens)
+
+
+def baseline(folder: Path) -> jlar.Baseline:
+    """The run in a folder as a baseline; `Refused` if there is none to compare with."""
+    try:
+        return jlar.Baseline.from_jsonl(folder / "metrics.jsonl")
+    except (OSError, ValueError) as error:
+        raise Refused(f"baseline {folder} holds no record of a run with LAR: {error}") from error
 
 
 def tokens(config: PretrainConfig, root: Path) -> Path:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 import jlar
 
@@ -33,12 +33,12 @@ Batch = Int[Array, "b t1"]
 
 
 class State(NamedTuple):
-    """What a step changes; `monitor` is the place for the state of a monitor, None without."""
+    """What a step changes, and the monitor of its metrics, None without LAR."""
 
     step: Int[Array, ""]
     model: Decoder
     optimiser: optax.OptState
-    monitor: PyTree = None
+    monitor: jlar.Monitor | None = None
 
 
 class Metrics(NamedTuple):
@@ -125,7 +125,8 @@ class Program:
 
     def _initial(self, seed: int | Int[Array, ""]) -> State:
         model = Decoder(self.config, jax.random.key(seed))
-        return State(jnp.zeros((), jnp.int32), model, self._optimiser.init(model))
+        monitor = None if self.config.lar == "off" else jlar.Monitor.init(n=self.config.width)
+        return State(jnp.zeros((), jnp.int32), model, self._optimiser.init(model), monitor)
 
     def _step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
         every = self.config.lar == "every"

@@ -135,7 +135,13 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     command = [sys.executable, "-m", "jlar_experiments.cli", "grok", *TINY]
     command += ["--epochs=100000", "--weight-decay=0", "--log-every=50", "--out=run"]
     popen = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell runs in the background ignores it, and so does what that starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     with popen as process:  # closes its pipe
         try:

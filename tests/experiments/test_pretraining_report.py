@@ -142,5 +142,17 @@ def test_report(several, tmp_path, capsys):
 
 def test_tables_are_rectangular():
     runs = [run(), run(25_600), run(seed=1)]
-    for table in (report.overview(runs), report.comparison(runs), report.decline_table(runs)):
+    leading = report.leading_table(runs)
+    assert leading[1][2] == "1.069" and leading[-1][2] == "about 3"  # the root of 8/7
+    tables = (report.overview(runs), report.comparison(runs), report.decline_table(runs), leading)
+    for table in tables:
         assert len({len(row) for row in table}) == 1 and page.text(table)
+
+
+def test_alarms():
+    ringing = run()
+    for row in ringing.rows:
+        row["alarms"] = ["grokking"] * (row["step"] > 20) + ["decline"] * (30 < row["step"] < 50)
+    assert ringing.alarms == {"decline": 31} and ringing.alarm == "31 (decline)"
+    assert run().alarm == "not watched"
+    assert dataclasses.replace(ringing, rows=ringing.rows[:31]).alarm == "none"

@@ -14,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 
+import jlar
 from jlar_experiments import cli
 from jlar_experiments.checkpoint import Checkpoints, Unsaved
-from jlar_experiments.pretraining import corpus, data, sharding, study, train
+from jlar_experiments.monitoring import logs, verdict
+from jlar_experiments.pretraining import corpus, data, report, sharding, study, train
 from jlar_experiments.pretraining.config import PretrainConfig
 
 SETTINGS = {
@@ -127,6 +129,35 @@ def test_sigterm_saves_first(whole, config, tokens, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(study.Study, "advance", advance)
     assert start(config, tmp_path / "run", tokens)
     same(tmp_path / "run", whole)
+
+
+def test_an_alarm_is_that_of_watch_and_is_said_once(config, tokens, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(config, lr=0.02)  # for a LAR that is no longer initialisation's
+    steps = np.arange(1, 31)
+    high = jlar.Baseline.from_points(steps, np.full(30, 0.99), np.full(30, 2.0))
+    advance, folder = study.Study.advance, tmp_path / "run"
+
+    def interrupted(self):
+        advance(self)
+        if self.step == 26:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    study.prepare(config, "bytes-tiny", folder, fresh=False)
+    monkeypatch.setattr(study.Study, "advance", interrupted)
+    with pytest.raises(study.Terminated):
+        study.run(config, folder, tokens, high)
+    said = capsys.readouterr().err
+    assert said.count("ALARM") == 1 and "ALARM (deviation): LAR is below the baseline's at" in said
+    monkeypatch.setattr(study.Study, "advance", advance)
+    assert study.run(config, folder, tokens, high)
+    said = capsys.readouterr().err
+    assert "ALARM" not in said and "tokens/s · deviation" in said
+    first = next(row["step"] for row in rows(folder) if row["alarms"])
+    assert rows(folder)[-1]["alarms"] == ["deviation"] and first < 26
+    log = logs.read(folder / "metrics.jsonl")
+    monitor, _ = verdict.watched(jlar.Monitor.init(n=config.width), log, high)
+    assert verdict.verdict(monitor, log, high)["first_alarm_step"] == first
+    assert f"{first} (deviation)" in report.write(folder)
 
 
 def copied(whole, tmp_path):
