@@ -132,16 +132,15 @@ def test_help_fits_and_names_every_option(capsys, monkeypatch):
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     root = str(Path(cli.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "jlar_experiments.cli", "grok", *TINY]
+    # What a shell runs in the background ignores the signal, and so does what that starts.
+    heeding = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = (
+        f"import signal, sys; {heeding}; from jlar_experiments import cli; sys.exit(cli.main())"
+    )
+    command = [sys.executable, "-c", program, "grok", *TINY]
     command += ["--epochs=100000", "--weight-decay=0", "--log-every=50", "--out=run"]
     popen = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        # What a shell runs in the background ignores it, and so does what that starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
     )
     with popen as process:  # closes its pipe
         try:
