@@ -168,6 +168,7 @@ def _spectra(runs: Sequence[Run]) -> Figure:
                 spectrum(axes, rows[point], own[0].seeds[rows[point]["seed"]])
             else:
                 axes.set_title(f"not {point}")
+                axes.tick_params(labelbottom=False, bottom=False)
         panels[0].set_ylabel(f"{name}\nshare of the energy")
     grid[0][0].set_ylim(bottom=1e-6)
     drawn = [axes for axes in grid.flat if axes.lines]
