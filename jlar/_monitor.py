@@ -1,7 +1,7 @@
 """Monitor: alarms out of the log-alignment ratio, while a run trains or from its log afterwards."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import equinox as eqx
 import jax
@@ -237,26 +237,15 @@ class Monitor(eqx.Module):
         windows, heard = jax.vmap(Window.push, (0, None, 0))(self.windows, u, distances)
         largest_loss = jnp.fmax(self.largest_loss, jnp.where(known, jnp.nan, loss))
         memorised_lar, grokking = self._grokking(step, lar, loss, largest_loss)
-        seen = Monitor(
+        seen = replace(
+            self,
             step=jnp.fmax(step, self.step),
             ignored=self.ignored + (~finite & ~known).astype(jnp.int32),
             replayed=self.replayed + known.astype(jnp.int32),
-            deviation=self.deviation,
-            matched_loss=self.matched_loss,
-            decline=self.decline,
             grokking=grokking,
-            peak_lar=self.peak_lar,
-            peak_step=self.peak_step,
-            early_decline=self.early_decline,
-            counted_lar=self.counted_lar,
-            counted_step=self.counted_step,
-            slope=self.slope,
-            steepest=self.steepest,
             memorised_lar=memorised_lar,
             largest_loss=largest_loss,
             windows=windows,
-            n=self.n,
-            thresholds=self.thresholds,
         )
         # Most steps of a run that is logged at every step only add to a point that is pending.
         return jax.lax.cond(heard[0], Monitor._judged, _unchanged, seen, heard)
@@ -312,20 +301,18 @@ class Monitor(eqx.Module):
             limits.decline + limits.noises * noise[0],
             noise[0],
         )
-        judged = {
-            "deviation": deviation,
-            "matched_loss": matched_loss,
-            "decline": decline,
-            "peak_lar": peak_lar,
-            "peak_step": peak_step,
-            "early_decline": early,
-            "counted_lar": counted_lar,
-            "counted_step": counted_step,
-            "slope": slope,
-            "steepest": steepest,
-        }
-        return eqx.tree_at(
-            lambda m: [getattr(m, name) for name in judged], self, [*judged.values()]
+        return replace(
+            self,
+            deviation=deviation,
+            matched_loss=matched_loss,
+            decline=decline,
+            peak_lar=peak_lar,
+            peak_step=peak_step,
+            early_decline=early,
+            counted_lar=counted_lar,
+            counted_step=counted_step,
+            slope=slope,
+            steepest=steepest,
         )
 
     def _grokking(
