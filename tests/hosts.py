@@ -2,7 +2,8 @@
 
     python hosts.py PROCESSES ID PORT STEPS
 
-It prints one line per step: loss, LAR of the unembedding, and LAR of every Linear.
+It writes one line per step: "step", its number, loss, LAR of the unembedding, and LAR of every
+Linear. To stderr and at once, since Gloo talks on stdout and in pieces.
 """
 
 import sys
@@ -53,7 +54,8 @@ def main(processes: int, number: int, port: int, steps: int) -> None:
         x = held(rng.normal(size=(64, 16)).astype(np.float32), data)
         labels = held(rng.integers(0, 32, (64, 1)), data)
         model, metrics = step(model, x, labels)
-        print(number, *(f"{float(each):.9g}" for each in metrics), flush=True)
+        line = " ".join(f"{float(each):.9g}" for each in (number, *metrics))
+        sys.stderr.write(f"step {line}\n")
 
 
 if __name__ == "__main__":
