@@ -1,5 +1,6 @@
 """Past the paper, as tables from records alone: which k, dating, comparators, where it holds."""
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +9,7 @@ import numpy as np
 from ..config import GrokConfig
 from ..records import Row
 from .analysis import SHARE, Run, Timeline
-from .dating import Rule, chosen, crossing, score, series
+from .dating import KINDS, Kind, Rule, chosen, crossing, score, series
 from .plan import SMALL_P
 from .plates import cells, label, lines
 
@@ -16,6 +17,7 @@ Table = list[list[str]]
 CANDIDATES = ("k95", "logits_rank99", "fourier_k99", "logits_pr")
 WEIGHTS = ("stable_rank", "effective_rank", "pr_p", "weight_norm", "alpha")
 MEASURES = ("k_pred", "pr_q", "k95", "logits_pr", "logits_rank99", *WEIGHTS)
+OTHERS = ("k_pred", "k_pred/k95", "pr_q/pr_p", "q_in_top95", "k95", "effective_rank")
 
 
 def tables(runs: Sequence[Run]) -> dict[str, tuple[str, str, Table]]:
@@ -25,12 +27,15 @@ def tables(runs: Sequence[Run]) -> dict[str, tuple[str, str, Table]]:
     dated = [run for run in small if _is_default(run.config)]
     where = [run for run in small if run not in mlp and _plain_task(run.config)]
     first, second = halves(dated)
-    rules = tuple(chosen(first, "k_pred", kind, falls=True) for kind in ("ratio", "slope"))
+    changed = lines(run for run in where if not _is_default(run.config))
+    rules = tuple(chosen(first, "k_pred", kind, falls=True) for kind in KINDS)
+    readings = comparators(first, changed, OTHERS, KINDS)
     return {
         "which_k": ("Which definition of the effective dimension k predicts", WHICH, which_k(runs)),
         "dating": ("Dating without validation data", DATING, dating(dated, rules)),
         "comparators": ("Comparators, by the same rule", COMPARED, comparators(first, second)),
         "where": ("Where it holds: x+y mod 31", WHERE, where_it_holds(where, rules)),
+        "readings": ("Other readings in these set-ups", READINGS, readings),
         "mlp": ("The one-hot MLP, without a bottleneck", MLP, where_it_holds(mlp, rules)),
     }
 
@@ -52,6 +57,10 @@ WHERE = (
     "Means over seeds, from the first log with training accuracy above 99% to the end; spread is "
     "the participation ratio. dated: runs whose 95% was dated to within 25% by the rules of the "
     "dating table, ratio and slope."
+)
+READINGS = (
+    "As the table of the comparators, with rules of both kinds and of either direction; the second "
+    "half is the set-ups above other than the default. a/b: the ratio of two measures."
 )
 MLP = "Columns as above, dated by the rules of the smaller relative."
 
@@ -125,8 +134,13 @@ def _epoch(epoch: float | None) -> str:
     return "-" if epoch is None else f"{epoch:.0f}"
 
 
-def comparators(first: Sequence[Timeline], second: Sequence[Timeline]) -> Table:
-    """One line per measure: its rule, and how it did on the runs it was not chosen on."""
+def comparators(
+    first: Sequence[Timeline],
+    second: Sequence[Timeline],
+    measures: Sequence[str] = MEASURES,
+    kinds: Sequence[Kind] = ("ratio",),
+) -> Table:
+    """One line per measure and kind: its rule, and how it did on runs it was not chosen on."""
     header: list[str] = [
         "measure",
         "rule",
@@ -135,10 +149,10 @@ def comparators(first: Sequence[Timeline], second: Sequence[Timeline]) -> Table:
         "misses",
     ]
     table = [[*header, "false alarms", "median lag"]]
-    for name in MEASURES:
+    for name, kind in itertools.product(measures, kinds):
         if not any(np.isfinite(series(line, name)[1]).any() for line in first):
             continue
-        rule = chosen(first, name, "ratio")
+        rule = chosen(first, name, kind)
         was, now = score(rule, first), score(rule, second)
         lags = [
             alarm - truth

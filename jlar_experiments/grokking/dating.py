@@ -11,6 +11,7 @@ from jaxtyping import Float
 from .analysis import SHARE, Timeline
 
 Kind = Literal["ratio", "slope"]
+KINDS: tuple[Kind, ...] = ("ratio", "slope")
 Series = Float[np.ndarray, " logs"]
 
 LOGS = 2  # so many logs in a row must agree before a rule alarms
@@ -66,7 +67,10 @@ class Rule:
 
 
 def series(line: Timeline, measure: str) -> tuple[Series, Series]:
-    """Epochs and values of all logs; nan where there is none."""
+    """Epochs and values of all logs, nan where there is none; "a/b": a ratio of two measures."""
+    if "/" in measure:
+        (epochs, above), (_, below) = (series(line, each) for each in measure.split("/"))
+        return epochs, above / below
     values = [row.get(measure) for row in line.rows]
     found = np.array([np.nan if value is None else value for value in values], float)
     return np.array([row["epoch"] for row in line.rows], float), found

@@ -156,6 +156,9 @@ def test_a_rule_alarms_where_k_falls(runs):
     found = dating.score(rule, [line, never])
     assert (found.grokking, found.controls, found.misses, found.false_alarms) == (1, 1, 0, 0)
     assert found.near == 1 and dating.chosen([line, never], "k_pred", "ratio").falls
+    epochs, against = dating.series(line, "k_pred/k95")
+    assert list(epochs) == [row["epoch"] for row in line.rows]
+    np.testing.assert_allclose(against, [row["k_pred"] / row["k95"] for row in line.rows])
 
 
 @pytest.mark.parametrize("number", [1, 3, 10])
