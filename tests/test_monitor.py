@@ -134,6 +134,22 @@ def test_what_the_warm_up_cost_is_no_alarm_once_it_is_over():
     assert not watched(curve(noise=0.001) + transient).decline.rang
 
 
+@pytest.mark.parametrize(
+    ("losses", "rings"), [((0.03, 0.03, 0.02), False), ((0.01, 0.06, 0.06), True)]
+)
+def test_a_decline_is_judged_against_the_first_doubling_after_the_peak(losses, rings):
+    """A run that settles loses much at first; what it loses later on top of that is overfitting."""
+    at = np.log2(STEPS / 800)  # the peak is at step 800, and nearly four doublings follow
+    after = np.interp(at, [0, 1, 2, 3, 4], 0.68 - np.cumsum([0, *losses, losses[-1]]))
+    lar = np.where(at < 0, curve(decline=0), after)
+    monitor = watched(lar + 0.001 * np.random.default_rng(0).standard_normal(len(lar)))
+    assert monitor.decline.rang == rings == (monitor.decline.level > monitor.decline.threshold)
+    # Of means over half and an eighth of a doubling, which straddle the bends.
+    assert monitor.early_decline == pytest.approx(losses[0], rel=0.3)
+    assert 700 < monitor.peak_step < 1200 and 1500 < monitor.counted_step
+    assert not rings or monitor.counted_step < 2500  # the end of that doubling
+
+
 def test_initialisation_is_no_peak():
     dip = np.interp(np.log2(STEPS), [6, 9, 13.3], [0.51, 0.40, 0.40])
     assert not watched(dip).decline.rang
