@@ -82,37 +82,37 @@ class Decoder(eqx.Module):
         return rms_norm(x)
 
 
-def mean_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t"]) -> Float[Array, ""]:
+def mean_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t+1"]) -> Float[Array, ""]:
     """Next-token cross-entropy."""
-    logits = logits[:, :-1].astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-def plain(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
+def plain(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
     """(loss, nothing), gradients."""
 
-    def loss(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
-        return mean_loss(linear(model.head, model(tokens)), tokens), None
+    def loss(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
+        return mean_loss(linear(model.head, model(tokens[:, :-1])), tokens), None
 
     return eqx.filter_value_and_grad(loss, has_aux=True)(model, tokens)
 
 
-def unembedding(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
+def unembedding(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
     """(loss, energies of the unembedding), gradients."""
 
-    def loss(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
-        x = model(tokens)
+    def loss(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
+        x = model(tokens[:, :-1])
         logits = linear(model.head, x)
         return mean_loss(logits, tokens), jlar.energies(model.head.weight, x, Y=logits)
 
     return eqx.filter_value_and_grad(loss, has_aux=True)(model, tokens)
 
 
-def every_matrix(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
+def every_matrix(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
     """(loss, energies of every matrix), gradients."""
 
-    def loss(model: Decoder, tokens: Int[Array, "b t"]) -> Any:
-        return mean_loss(linear(model.head, model(tokens)), tokens)
+    def loss(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
+        return mean_loss(linear(model.head, model(tokens[:, :-1])), tokens)
 
     return jlar.value_and_grad(loss)(model, tokens)
 
@@ -127,7 +127,8 @@ def main() -> None:
         "unembedding": (unembedding, nothing),
         "every_matrix": (every_matrix, jlar.probes.save_statistics()),
     }
-    tokens = jax.random.randint(jax.random.key(1), (args.batch, args.length), 0, args.vocabulary)
+    shape = args.batch, args.length + 1
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, args.vocabulary)
     optimiser = optax.adamw(1e-3)
     calls, costs = {}, {}
     for name, (gradient, policy) in sides.items():
