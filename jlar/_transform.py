@@ -32,7 +32,11 @@ class Tapped(eqx.nn.Linear):
 
     def __call__(self, x: Float[Array, "n"], *, key: Any = None) -> Float[Array, "..."]:
         """As `eqx.nn.Linear`."""
-        y = tap(self.probe, self.weight, x, self.weight @ x, axes=self.axes)
+        y = self.weight @ x
+        # The identity. Under jax.vmap it puts the batch axis first, as adding a bias or leaving the
+        # vmap will: with one reader of the transposed product XLA compiles it as without a probe.
+        y = jax.lax.broadcast_in_dim(y, y.shape, range(y.ndim))
+        y = tap(self.probe, self.weight, x, y, axes=self.axes)
         if self.bias is not None:
             y = y + self.bias
         return jnp.squeeze(y) if self.out_features == "scalar" else y
@@ -162,10 +166,11 @@ def value_and_grad(
 ) -> Callable[..., Any]:
     """`eqx.filter_value_and_grad` that also returns the energies of the model's linear layers.
 
-    Loss and gradients are those of `eqx.filter_value_and_grad`; the gradients have the model's own
-    structure. Works under jit, vmap, scan, remat and shard_map, and with anything of these inside
-    the loss. Cost: two or three reductions per layer. Under `jax.checkpoint` give the block
-    `policy=jlar.probes.save_statistics(your_policy)`.
+    Loss and gradients are those of `eqx.filter_value_and_grad`, on CPUs in float32 bit for bit (to
+    rounding where one vmap spans several layers without bias, whose products XLA may transpose);
+    the gradients have the model's own structure. Works under jit, vmap, scan, remat and shard_map,
+    and with anything of these inside the loss. Cost: two or three reductions per layer. Under
+    `jax.checkpoint` give the block `policy=jlar.probes.save_statistics(your_policy)`.
 
     Args:
         loss_fn: `loss_fn(model, *args, **kwargs)` -> loss, or (loss, aux) with `has_aux`.
