@@ -1,5 +1,6 @@
 """The figures over all runs of a preset, in the form of the paper's; from records only."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from .analysis import Pair, Run, floors, pairs, pearson, short, smoothed
+from .analysis import Run, floors, pairs, pearson, short, smoothed
 from .model import MATRICES
 
 STYLE: dict[Any, Any] = {
@@ -17,7 +19,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "legend.frameon": False,
+    "legend.framealpha": 0.7,  # legible where it lies on a curve
+    "legend.edgecolor": "none",
     "legend.fontsize": 7.5,
     "figure.dpi": 100,
     "savefig.dpi": 130,
@@ -97,16 +100,28 @@ def _grid(rows: int, columns: int, height: float = 2.4) -> tuple[Figure, np.ndar
     return figure, figure.subplots(rows, columns, squeeze=False, sharex="col")
 
 
+def _arm(run: Run) -> str:
+    """The run's label without its optimiser: what has a colour of its own."""
+    return run.label.split(", ", 1)[1]
+
+
 def _size(run: Run) -> str:
-    return f"{run.label.split(', ', 1)[1]}, {run.config.epochs:.3g} epochs"
+    epochs = f"{run.config.epochs:.3g}"
+    return f"{_arm(run)}, {epochs} epoch{'' if epochs == '1' else 's'}"
+
+
+def _colours(runs: Sequence[Run]) -> dict[str, str]:
+    """Of each arm, the same in every figure."""
+    arms = dict.fromkeys(_arm(run) for run in runs)
+    return dict(zip(arms, itertools.cycle(COLOURS[:-1]), strict=False))  # the last is grey
 
 
 def _lar(runs: list[Run]) -> Figure:
-    groups = _groups(runs)
+    groups, colours = _groups(runs), _colours(runs)
     figure, grid = _grid(2, len(groups))
     for (name, group), (above, below) in zip(groups.items(), grid.T, strict=True):
-        for run, colour in zip(group, COLOURS * 9, strict=False):
-            step = run.curve("step")
+        for run in group:
+            step, colour = run.curve("step"), colours[_arm(run)]
             above.plot(step, run.train_loss, color=colour, linewidth=0.7, alpha=0.6)
             losses = run.curve("val_loss")[run.validated]
             above.plot(run.validated, losses, color=colour, linewidth=1.4, label=_size(run))
@@ -125,12 +140,13 @@ def _lar(runs: list[Run]) -> Figure:
 
 
 def _differential(runs: list[Run]) -> Figure:
-    found = pairs(runs)
+    found, colours = pairs(runs), _colours(runs)
     names = list(dict.fromkeys(pair.run.config.optimiser for pair in found))
     figure, grid = _grid(2, len(names))
     for name, (above, below) in zip(names, grid.T, strict=True):
         own = [pair for pair in found if pair.run.config.optimiser == name]
-        for pair, colour in zip(own, _by_size(own), strict=True):
+        for pair in own:
+            colour = colours[_arm(pair.run)]
             first = pair.run.config.seed == min(each.run.config.seed for each in own)
             above.plot(
                 pair.run.validated, pair.run.gap, color=colour, linewidth=1.2,
@@ -146,16 +162,12 @@ def _differential(runs: list[Run]) -> Figure:
     return figure
 
 
-def _by_size(found: Sequence[Pair]) -> list[str]:
-    sizes = sorted({pair.run.label for pair in found}, key=lambda label: label)
-    return [COLOURS[1 + sizes.index(pair.run.label) % (len(COLOURS) - 2)] for pair in found]
-
-
 def _controls(runs: list[Run]) -> Figure:
-    found = pairs(runs)
+    found, colours = pairs(runs), _colours(runs)
     figure = Figure(figsize=(9.2, 3.2), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    for pair, colour in zip(found, _by_size(found), strict=True):
+    for pair in found:
+        colour = colours[_arm(pair.run)]
         for axes, values in ((left, pair.D), (middle, pair.loss_difference)):
             r = pearson(values, pair.gap)
             axes.plot(
@@ -166,7 +178,7 @@ def _controls(runs: list[Run]) -> Figure:
                 markersize=3,
                 label=f"seed {pair.run.config.seed}: r = {r:.3f}",
             )
-        right.plot(pair.steps, pair.matched, color=colour, linewidth=1, label=pair.run.label)
+        right.plot(pair.steps, pair.matched, color=colour, linewidth=1)
     for pair in floors(runs):
         right.plot(pair.steps, pair.matched, color="grey", linewidth=0.7)
     right.axhline(0, color="grey", linewidth=0.6)
@@ -176,6 +188,9 @@ def _controls(runs: list[Run]) -> Figure:
     if len(found) <= 4:
         left.legend()
         middle.legend()
+    arms = list(dict.fromkeys(_arm(pair.run) for pair in found))
+    if len(arms) > 1:
+        right.legend([Line2D([], [], color=colours[arm]) for arm in arms], arms)
     return figure
 
 
@@ -205,11 +220,11 @@ def _number(value: float | None) -> str:
 
 def _over(runs: list[Run], quantities: dict[str, Callable[[dict], float | None]]) -> Figure:
     """Inspected quantities over the run: a row for each, a column per optimiser."""
-    groups = _groups(runs)
+    groups, colours = _groups(runs), _colours(runs)
     figure, grid = _grid(len(quantities), len(groups), 1.7)
     for (name, group), column in zip(groups.items(), grid.T, strict=True):
-        for run, colour in zip(group, COLOURS * 9, strict=False):
-            steps = [row["step"] for row in run.inspections]
+        for run in group:
+            steps, colour = [row["step"] for row in run.inspections], colours[_arm(run)]
             for axes, of in zip(column, quantities.values(), strict=True):
                 values = [of(row) for row in run.inspections]
                 shown = [np.nan if each is None else each for each in values]
