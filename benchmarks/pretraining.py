@@ -1,6 +1,6 @@
 """Claim: the `cpu` preset trains at least as many tokens per second as NanoDO's model of its size.
 
-    python benchmarks/nanodo.py --nanodo FOLDER [--json PATH] [--repeats 10] [--steps 5]
+    python benchmarks/pretraining.py --nanodo FOLDER [--json PATH] [--repeats 10] [--steps 5]
 
 FOLDER is a checkout of github.com/google-deepmind/nanodo; of it only `model.py` is run, with flax
 (`pip install flax`), neither of which jlar needs. Its decoder has the preset's width, depth, heads,
@@ -27,7 +27,7 @@ from jlar_experiments.pretraining.presets import PRESETS
 def nanodo(folder: pathlib.Path, config: Any) -> tuple[Any, Any]:
     """(step, state) of NanoDO's decoder; step(state, batch) -> (state, loss)."""
     sys.path.insert(0, str(folder))
-    from nanodo import model as module
+    from nanodo import model as module  # pyright: ignore[reportMissingImports]  (a checkout)
 
     described = module.DoConfig(
         D=config.width,
@@ -89,8 +89,8 @@ def main() -> None:
 
     def steps(name: str) -> Any:
         for _ in range(args.steps):
-            states[name], metrics = sides[name][0](states[name], batch)
-        return metrics
+            states[name], _ = sides[name][0](states[name], batch)
+        return states[name]
 
     times = bench.alternate(
         {name: lambda name=name: steps(name) for name in sides}, args.repeats, clock=args.clock
