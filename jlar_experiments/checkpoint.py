@@ -12,8 +12,16 @@ from orbax.checkpoint.experimental import v1 as ocp
 KEPT = 2
 
 
-class Unsaved(Exception):
-    """A checkpoint could not be written (the disk is full, say); the message is one line."""
+class CheckpointError(Exception):
+    """Something that the user must know of a checkpoint; the message is one line."""
+
+
+class Unsaved(CheckpointError):
+    """A checkpoint could not be written (the disk is full, say)."""
+
+
+class Foreign(CheckpointError):
+    """A checkpoint is whole, but of a state with other arrays than this version's."""
 
 
 class Checkpoints:
@@ -48,6 +56,9 @@ class Checkpoints:
             like: a pytree of the shapes and dtypes of the state, as of `jax.eval_shape`. Arrays go
                 to the sharding of their shape where it has one, which need not be that of the save.
             warn: is told of each damaged checkpoint, and when none is left.
+
+        Raises:
+            Foreign: another version saved it; nothing is removed.
         """
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.tree.map(
@@ -61,12 +72,26 @@ class Checkpoints:
             try:
                 return step, self._checkpointer.load(step, like)
             except Exception as error:  # orbax does not say what a damaged file may raise
+                self._check_own(step, like)
                 warn(f"checkpoint {step} is damaged ({type(error).__name__}) and was removed")
                 shutil.rmtree(self._folder / str(step), ignore_errors=True)
                 self._checkpointer.reload()
         if steps:
             warn(f"no checkpoint is left in {self._folder}; starting from the beginning")
         return None
+
+    def _check_own(self, step: int, like: Any) -> None:
+        """Raise `Foreign` if the checkpoint says that it holds other arrays than `like`."""
+        try:
+            there = _shapes(self._checkpointer.metadata(step).metadata)
+        except Exception:  # what it holds cannot be read, either: it is damaged
+            return
+        odd = sorted(there.items() ^ _shapes(like).items())
+        if there and odd:
+            raise Foreign(
+                f"{self._folder / str(step)} was saved by another version: its state differs in "
+                f"{odd[0][0]}; continue with the version that config.json names, or train in another folder"
+            )
 
     def close(self) -> None:
         """Wait until everything is on the disk; raises `Unsaved` as `save` does."""
@@ -82,3 +107,9 @@ class Checkpoints:
         raise Unsaved(f"a checkpoint could not be written to {self._folder} ({why}); {left}") from (
             error
         )
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    """Every array's shape under the path that orbax stores it by."""
+    leaves = jax.tree.leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): a.shape for path, a in leaves}

@@ -48,7 +48,7 @@ def grok(arguments: argparse.Namespace) -> int:
     """`jlar grok`: train, or continue, and report."""
     parser: Parser = arguments.parser
     config = settings(arguments, GrokConfig)
-    from ..checkpoint import Unsaved
+    from ..checkpoint import CheckpointError
     from . import ensemble, study
 
     folder = arguments.out or Path("runs") / config.name
@@ -61,7 +61,7 @@ def grok(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command continues {folder}", file=sys.stderr)
         return 130
-    except Unsaved as error:
+    except CheckpointError as error:
         parser.error(str(error))
     if not trained:
         print(f"{folder} is finished; drawing its report again")

@@ -61,14 +61,14 @@ def grokking(arguments: argparse.Namespace) -> int:
     """Train what is left to do, and report."""
     paper = settings(arguments, PaperConfig)
     until = time.monotonic() + 60 * arguments.minutes
-    from ..checkpoint import Unsaved
+    from ..checkpoint import CheckpointError
     from . import study
 
     parser: Parser = arguments.parser
     try:
         _make_ready(arguments.out)
         _train(paper, arguments.out, until, arguments.checkpoint_seconds)
-    except (study.Refused, Unsaved, OSError) as error:
+    except (study.Refused, CheckpointError, OSError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:
         print(f"\ninterrupted; the same command continues {arguments.out}", file=sys.stderr)

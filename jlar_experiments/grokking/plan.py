@@ -138,11 +138,11 @@ def _dating(paper: PaperConfig) -> Iterator[GrokConfig]:
 
 
 def _where(paper: PaperConfig) -> Iterator[GrokConfig]:
-    for norm, scale in itertools.product(("post", "pre", "pre-no-final"), (1.0, 0.3, 0.125)):
-        yield from paper.each(small(norm=norm, embedding_scale=scale), 3)
-    for norm, scale in itertools.product(("post", "pre"), (1.0, 0.125)):
-        yield from paper.each(small(norm=norm, embedding_scale=scale, tied=True), 3)
-        yield from paper.each(small(norm=norm, embedding_scale=scale, decay_gains=False), 3)
+    norms, scales, either = ("post", "pre", "pre-no-final"), (1.0, 0.3, 0.125), (False, True)
+    for norm, scale, tied, decay in itertools.product(norms, scales, either, either[::-1]):
+        yield from paper.each(
+            small(norm=norm, embedding_scale=scale, tied=tied, decay_gains=decay), 3
+        )
 
 
 def _mlp(paper: PaperConfig) -> Iterator[GrokConfig]:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from .. import records
-from ..checkpoint import Checkpoints
+from ..checkpoint import Checkpoints, Foreign
 from ..config import GrokConfig
 from ..records import Row
 from . import analysis, train
@@ -116,7 +116,14 @@ class Run:
         """Take up the newest checkpoint and forget the records after it; or start anew."""
         config = self.config
         like = jax.eval_shape(functools.partial(train.initial, config))
-        found = self.checkpoints.newest(like, warn)
+        try:
+            found = self.checkpoints.newest(like, warn)
+        except Foreign:
+            self.seeds = analysis.timelines(config, records.read(self.folder / "metrics.jsonl"))
+            self.started = self.finished()
+            if not self.started:
+                raise
+            return
         self.started = found is not None
         state = jax.device_get(found[1] if found else train.initial(config))
         self.states = [train.member(state, i) for i in range(config.seeds)]

@@ -210,7 +210,7 @@ def _trained(
 
     if arguments.distributed is not None:
         jax.distributed.initialize(**arguments.distributed)
-    from ..checkpoint import Unsaved
+    from ..checkpoint import CheckpointError
     from . import corpus, study
 
     for config, folder, compared in runs:
@@ -226,7 +226,7 @@ def _trained(
                 print(f"{folder.name}: {config.epochs:.3g} epochs", file=sys.stderr)
             if not study.run(config, folder, tokens, baseline):
                 print(f"{folder} is finished", file=sys.stderr)
-        except (ValueError, study.Refused, corpus.Unusable, Unsaved, OSError) as error:
+        except (ValueError, study.Refused, corpus.Unusable, CheckpointError, OSError) as error:
             parser.error(options.as_options(str(error), list(_settings())))
         except KeyboardInterrupt:
             print(f"\ninterrupted; the same command continues {folder}", file=sys.stderr)

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jlar
 
 from .. import records
-from ..checkpoint import Checkpoints
+from ..checkpoint import Checkpoints, Foreign
 from ..monitoring import live
 from ..progress import Steps, say
 from . import corpus, data, sharding, train
@@ -136,7 +136,14 @@ class Study:
         """Take up the newest checkpoint and forget the records after it; or start anew."""
         position = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.everywhere)
         like = (self.program.abstract_state, position)
-        found = self.checkpoints.newest(like, say)
+        try:
+            found = self.checkpoints.newest(like, say)
+        except Foreign:
+            rows = records.read(self.folder / "metrics.jsonl")
+            if not rows or rows[-1]["step"] != self.config.steps - 1:
+                raise
+            self.step = self.config.steps
+            return
         self.step = found[0] if found else 0
         if found:
             self.state, position = found[1]

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from jlar_experiments.checkpoint import Checkpoints
+from jlar_experiments import records
+from jlar_experiments.checkpoint import Checkpoints, Foreign
 from jlar_experiments.config import GrokConfig
 from jlar_experiments.grokking import ensemble, study, train
 
@@ -112,6 +114,18 @@ def test_a_finished_run_is_left_alone(uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     assert not start(uninterrupted)
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_version_is_not_lost(uninterrupted, tmp_path, monkeypatch):
+    folder = shutil.copytree(uninterrupted, tmp_path / "run")
+    kept = sorted((folder / "checkpoints").rglob("*"))
+    initial = train.initial
+    monkeypatch.setattr(train, "initial", lambda config: initial(config)._replace(monitor=None))
+    assert not start(folder)  # its records say that it is finished
+    records.keep(folder / "metrics.jsonl", lambda row: row["epoch"] < 30)
+    with pytest.raises(Foreign, match=r"saved by another version: its state differs in monitor\."):
+        start(folder)
+    assert sorted((folder / "checkpoints").rglob("*")) == kept
 
 
 def test_seeds_leave_when_they_have_finished(uninterrupted):
