@@ -1,13 +1,14 @@
 """Claim: on 64 TPU chips LAR costs a 3B training step next to nothing, by the TPU compiler itself.
 
     pip install -e ".[experiments,tpu]"
-    python benchmarks/tpu.py [--topology v5:4x4x4] [--tensor 4] [--json PATH]
+    python benchmarks/tpu.py [--topology v5:4x4x4] [--tensor 4] [--groups] [--json PATH]
         [--sides off unembedding every fused]
 
 No TPU is needed: libtpu compiles for a topology on any Linux CPU. The program is the training step
 of the preset `3b` of `jlar pretrain` (8 layers, width 4,096, V = 128,256, full remat, FSDP x tensor
-parallel), one sequence of 8,192 tokens per chip: without LAR, with the unembedding's, with every
-matrix's, and with the fused loss, which includes the unembedding's. XLA counts a scanned body once,
+parallel), one sequence of 8,192 tokens per chip, or, where chips have 16 GB (v5e), one per group of
+`tensor` chips with --groups: without LAR, with the unembedding's, with every matrix's, and with the
+fused loss, which includes the unembedding's. XLA counts a scanned body once,
 so FLOPs, bytes, seconds and collectives are extrapolated to 8 layers from programs of two and three
 unrolled ones (of a single one XLA undoes the remat); peak memory is that of the scanned program of
 8. Seconds are the compiler's estimate.
@@ -64,13 +65,16 @@ def collectives(text: str) -> tuple[int, float]:
     return len(found), size
 
 
-def compiled(topology: str, tensor: int, side: str, layers: int, unroll: int) -> dict[str, float]:
+def compiled(
+    topology: str, tensor: int, groups: bool, side: str, layers: int, unroll: int
+) -> dict[str, float]:
     """What the compiler says of one training step."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     grid = np.array(devices).reshape(-1, tensor)
     mesh = Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    batch = len(grid) if groups else len(devices)
     config = PRESETS["3b"].config(
-        layers=layers, unroll=unroll, tensor=tensor, batch=len(devices), **SIDES[side]
+        layers=layers, unroll=unroll, tensor=tensor, batch=batch, **SIDES[side]
     )
     program = train.Program(config, mesh)
     start = time.perf_counter()
@@ -80,6 +84,7 @@ def compiled(topology: str, tensor: int, side: str, layers: int, unroll: int) ->
     return {
         "compile_seconds": time.perf_counter() - start,
         "chips": len(devices),
+        "sequences": batch,
         "flops": cost["flops"],
         "bytes": cost["bytes accessed"],
         "seconds": cost["optimal_seconds"],
@@ -93,7 +98,7 @@ def whole(programs: dict[str, dict[str, float]]) -> dict[str, float]:
     """The step of 8 layers: memory as compiled, the rest from two and three layers."""
     two, three = ({k: v for k, v in programs[d].items() if k != "compile_seconds"} for d in "23")
     figures = {name: two[name] + (LAYERS - 2) * (three[name] - two[name]) for name in two}
-    return {**figures, "chips": two["chips"], "peak_bytes": programs["scanned"]["peak_bytes"]}
+    return {**figures, "peak_bytes": programs["scanned"]["peak_bytes"]}
 
 
 def main() -> None:
@@ -101,6 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--topology", nargs="+", default=["v5:4x4x4"])
     parser.add_argument("--tensor", type=int, default=4, help="chips per matrix product")
+    parser.add_argument(
+        "--groups", action="store_true", help="one sequence per --tensor chips, not per chip"
+    )
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
     parser.add_argument("--json", type=Path, help="keep the figures here, and go on from them")
     args = parser.parse_args()
@@ -108,9 +116,10 @@ def main() -> None:
     if args.json and args.json.exists():
         kept = json.loads(args.json.read_text())
     versions = {"jax": jax.__version__, "libtpu": metadata.version("libtpu")}
-    if kept and kept["versions"] != versions:
-        parser.error(f"{args.json} is of {kept['versions']}, not {versions}; choose another")
-    kept = {"versions": versions, "tensor": args.tensor, **kept}
+    described = {"versions": versions, "tensor": args.tensor, "groups": args.groups}
+    if kept and described != {name: kept.get(name, False) for name in described}:
+        parser.error(f"{args.json} is not of {described}; choose another")
+    kept = {**described, **kept}
     depths = {"2": (2, 2), "3": (3, 3), "scanned": (LAYERS, 1)}
     missed = []
     for topology in args.topology:
@@ -118,7 +127,9 @@ def main() -> None:
             programs = kept.setdefault(topology, {}).setdefault(side, {})
             for name, (layers, unroll) in depths.items():
                 if name not in programs:
-                    programs[name] = compiled(topology, args.tensor, side, layers, unroll)
+                    programs[name] = compiled(
+                        topology, args.tensor, args.groups, side, layers, unroll
+                    )
                     print(topology, side, name, json.dumps(programs[name]), flush=True)
                     if args.json:
                         args.json.write_text(json.dumps(kept, indent=1) + "\n")

@@ -168,9 +168,15 @@ def logs_table(runs: Sequence[Run]) -> Table:
         for seed, line in run.seeds.items():
             for row in line.rows:
                 values = (row.get(name) for name in names)
-                cells = ["" if value is None else f"{value:.5g}" for value in values]
+                cells = [_figures(value) for value in values]
                 table.append([plates.label(run.config), str(seed), *cells])
     return table
+
+
+def _figures(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
 
 
 _SHOWN = (("epoch", 0), ("lar", 3), ("k_pred", 1), ("k95", 0))
