@@ -268,7 +268,8 @@ def _check(name: str, array: ArrayLike, spec: P, mesh: Mesh) -> None:
     if len(spec) > len(shape):
         raise ValueError(f"{name}_spec {spec} has more entries than {name} of shape {shape}.")
     held = _held(array)
-    if held is not None and not held.is_equivalent_to(NamedSharding(mesh, spec), len(shape)):
+    where = mesh.abstract_mesh if isinstance(array, Tracer) else mesh
+    if held is not None and not held.is_equivalent_to(NamedSharding(where, spec), len(shape)):
         raise ValueError(
             f"{name} is held as {held}, not as {spec} on a mesh of {mesh.size} devices "
             f"{dict(mesh.shape)}: pass the spec it has, or jax.device_put({name}, "

@@ -90,7 +90,8 @@ class Checkpoints:
         if there and odd:
             raise Foreign(
                 f"{self._folder / str(step)} was saved by another version: its state differs in "
-                f"{odd[0][0]}; continue with the version that config.json names, or train in another folder"
+                f"{odd[0][0]}; continue with the version that config.json names, or train in "
+                "another folder"
             )
 
     def close(self) -> None:
