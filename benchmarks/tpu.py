@@ -6,12 +6,12 @@
 
 No TPU is needed: libtpu compiles for a topology on any Linux CPU. The program is the training step
 of the preset `3b` of `jlar pretrain` (8 layers, width 4,096, V = 128,256, full remat, FSDP x tensor
-parallel), one sequence of 8,192 tokens per chip, or, where chips have 16 GB (v5e), one per group of
+parallel), one sequence of 8,192 tokens per chip, or, for chips of 16 GB (v5e), one per group of
 `tensor` chips with --groups: without LAR, with the unembedding's, with every matrix's, and with the
-fused loss, which includes the unembedding's. XLA counts a scanned body once,
-so FLOPs, bytes, seconds and collectives are extrapolated to 8 layers from programs of two and three
-unrolled ones (of a single one XLA undoes the remat); peak memory is that of the scanned program of
-8. Seconds are the compiler's estimate.
+fused loss, which includes the unembedding's. XLA counts a scanned body once, so FLOPs, bytes,
+seconds and collectives are extrapolated to 8 layers from programs of two and three unrolled ones
+(of a single one XLA undoes the remat); peak memory is that of the scanned program of 8. Seconds are
+the compiler's estimate (for v5e it gives negative ones: it has none there).
 
 A compilation takes a minute or more. With --json each is kept as soon as it is done, and what is
 there is not compiled again. Topologies: v5:2x2x2 to v5:4x8x8 are v5p, v5e:2x4 to v5e:16x16 v5e.
