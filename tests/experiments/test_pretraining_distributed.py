@@ -29,6 +29,7 @@ def train(folder, text, processes):
     command = [sys.executable, "-m", "jlar_experiments.cli", "pretrain", *OPTIONS]
     command += [f"--corpus={text}", f"--data={folder / 'data'}", f"--out={folder / 'run'}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     environment["PYTHONPATH"] = str(Path(study.__file__).parents[2])
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
     port, started = free_port(), []

@@ -99,6 +99,7 @@ def test_a_killed_run_ends_with_the_same_numbers(whole, text, tmp_path):
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     environment["PYTHONPATH"] = str(Path(study.__file__).parents[2])
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "compiled")
     command = [sys.executable, "-m", "jlar_experiments.cli", "pretrain", *OPTIONS]
     command += [f"--corpus={text}", f"--data={tmp_path / 'data'}", f"--out={tmp_path / 'run'}"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
