@@ -25,11 +25,10 @@ def free_port():
 
 
 def train(folder, text, processes):
-    """All processes of one run; what they said."""
+    """All processes of one run."""
     command = [sys.executable, "-m", "jlar_experiments.cli", "pretrain", *OPTIONS]
     command += [f"--corpus={text}", f"--data={folder / 'data'}", f"--out={folder / 'run'}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
     environment["PYTHONPATH"] = str(Path(study.__file__).parents[2])
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
     port, started = free_port(), []
@@ -46,7 +45,6 @@ def train(folder, text, processes):
         )
     said = [each.communicate(timeout=240)[0] for each in started]
     assert [each.returncode for each in started] == [0] * processes, said
-    return said
 
 
 def losses(folder):
@@ -68,6 +66,4 @@ def test_two_processes(tmp_path):
     # The same sequences in each batch, in another order of rows: sums round differently.
     np.testing.assert_allclose(losses(one), losses(two), rtol=1e-4)
     assert (two / "run" / "report.html").exists()
-    said = train(two, text, 2)
-    assert all("is finished" in each for each in said)
     assert {each.name for each in (two / "run" / "checkpoints").iterdir()} == {"3", "6"}

@@ -136,7 +136,7 @@ def test_seeds_leave_when_they_have_finished(uninterrupted):
 
 
 def test_killed_at_random_moments(tmp_path):
-    settings = {**TINY, "epochs": 60, "log_every": 2}
+    settings = {**TINY, "epochs": 40, "log_every": 2}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "jlar_experiments.cli", "grok", *options]
     command += ["--checkpoint-seconds=0", "--out"]
