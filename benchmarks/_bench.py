@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 # Where others share the machine, wall time measures them as well; the CPU time of this process,
 # over all its threads, does so much less.
@@ -23,8 +24,11 @@ def seconds(call: Callable[[], Any], clock: str = "wall") -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    """Median, its 95% interval by bootstrap, and range."""
+    drawn = np.random.default_rng(0).choice(values, (10_000, len(values)))
+    low, high = np.quantile(np.median(drawn, axis=1), [0.025, 0.975])
+    middle = {"median": statistics.median(values), "low": float(low), "high": float(high)}
+    return {**middle, "min": min(values), "max": max(values)}
 
 
 def alternate(
