@@ -58,7 +58,7 @@ def main() -> None:
     spectra = jax.device_get(programs["spectra"](W, X))
     p, q, lar = reference(np.asarray(W), np.asarray(X))
     errors = {
-        "p": float(np.max(np.abs(spectra.p / p - 1))),
+        "p": float(np.max(np.abs(spectra.p - p)) / p[0]),
         "q": float(np.max(np.abs(spectra.q - q)) / q.max()),
         "lar": abs(float(spectra.lar) - lar),
     }
@@ -69,11 +69,15 @@ def main() -> None:
         "eighs": len(re.findall(r"custom_call_target=\"\w*syevd\w*\"", text)),
         "time_grams_over_spectra": bench.ratios(times, "grams", "spectra"),
         "lar": lar,
-        "largest_error_of_p_relative_of_q_over_q_1_of_lar": errors,
+        "largest_error_over_the_largest_entry": errors,
+        "largest_relative_error_of_p": float(np.max(np.abs(spectra.p / p - 1))),
+        "smallest_p_over_p_1": float(p[-1] / p[0]),
     }
     bench.report(figures, args.json)
     assert figures["eighs"] == 1 and all(name == "all-reduce" for _, name in moved)
-    assert errors["p"] <= 1e-3 and errors["q"] <= 1e-3 and errors["lar"] <= 1e-5
+    # Backward stability of the eigh: p to some eps of p_1, hence its tail less well relatively; q
+    # through directions that turn by eps over the gaps.
+    assert errors["p"] <= 1e-5 and errors["q"] <= 1e-3 and errors["lar"] <= 1e-5
 
 
 if __name__ == "__main__":
