@@ -1,4 +1,4 @@
-"""Claim: spectra of a 128,256 x 4,096 W split over a mesh: n x n numbers move, one eigh, right.
+"""Claim: spectra at n = 4,096, W split over a mesh: n x n sums in an all-reduce, one eigh, right.
 
     python benchmarks/sharded_spectra.py [--json PATH] [--repeats 3] [--devices 2]
         [--outputs 128256] [--width 4096] [--tokens 8192]
@@ -52,7 +52,8 @@ def main() -> None:
         function = functools.partial(getattr(jlar.sharded, name), **specs)
         programs[name], costs[name] = bench.compiled(function, W, X)
     text = programs["spectra"].as_text()
-    moved = re.findall(r"= (\S+) .*?(all-reduce|all-gather|all-to-all)(?:-start)?\(", text)
+    names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    moved = re.findall(rf"= (.*?) ({names})(?:-start)?\(", text)
     calls = {name: lambda name=name: programs[name](W, X) for name in programs}
     times = bench.alternate(calls, args.repeats, warm_up=1)
     spectra = jax.device_get(programs["spectra"](W, X))
@@ -74,7 +75,9 @@ def main() -> None:
         "smallest_p_over_p_1": float(p[-1] / p[0]),
     }
     bench.report(figures, args.json)
-    assert figures["eighs"] == 1 and all(name == "all-reduce" for _, name in moved)
+    whole = f"[{args.width},{args.width}]"
+    assert figures["eighs"] == 1 and [name for _, name in moved] == ["all-reduce"], moved
+    assert moved[0][0].count("[") == moved[0][0].count(whole) == 2, moved
     # Backward stability of the eigh: p to some eps of p_1, hence its tail less well relatively; q
     # through directions that turn by eps over the gaps.
     assert errors["p"] <= 1e-5 and errors["q"] <= 1e-3 and errors["lar"] <= 1e-5

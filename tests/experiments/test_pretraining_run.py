@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import jlar
-from jlar_experiments import cli
-from jlar_experiments.checkpoint import Checkpoints, Unsaved
+from jlar_experiments import cli, records
+from jlar_experiments.checkpoint import Checkpoints, Foreign, Unsaved
 from jlar_experiments.monitoring import logs, verdict
 from jlar_experiments.pretraining import corpus, data, report, sharding, study, train
 from jlar_experiments.pretraining.config import PretrainConfig
@@ -190,6 +190,21 @@ def test_damaged_checkpoints(whole, config, tokens, tmp_path, capsys):
     assert checkpoints.newest(like, warnings.append) is None
     checkpoints.close()
     assert len(warnings) == 3 and "no checkpoint is left" in warnings[-1]
+
+
+def test_a_finished_run_needs_no_checkpoint(whole, config, tokens, tmp_path, monkeypatch):
+    """Nor is one of another version lost: a run that has something to do is refused."""
+
+    def newest(*_):
+        raise Foreign("saved by another version")
+
+    folder = copied(whole, tmp_path)
+    monkeypatch.setattr(Checkpoints, "newest", newest)
+    assert not start(config, folder, tokens)
+    assert rows(folder) == rows(whole)
+    records.keep(folder / "metrics.jsonl", lambda row: row["step"] < config.steps - 1)
+    with pytest.raises(Foreign):
+        start(config, folder, tokens)
 
 
 def test_restores_onto_another_mesh(whole, config, tokens):
