@@ -1,8 +1,10 @@
 """Level, slope and noise of a series over log2(step), from a window of its last points."""
 
+from collections.abc import Callable
+
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 WINDOW = 48  # points held
 RESOLUTION = 1 / 64  # doublings: points closer than this are pooled into one
@@ -68,14 +70,14 @@ class Window(eqx.Module):
         inside = self._newest(span)
         middle = _median(self.values, inside)
         clipped = jnp.clip(self.values, middle - 4 * single, middle + 4 * single)
-        return jnp.mean(self.doublings, where=inside), jnp.mean(clipped, where=inside)
+        return _mean(self.doublings, inside), _mean(clipped, inside)
 
     def slope(self, span: float) -> Float[Array, ""]:
         """Least-squares change per doubling over the last `span` doublings."""
         inside = self._newest(span)
-        u = self.doublings - jnp.mean(self.doublings, where=inside)
-        y = self.values - jnp.mean(self.values, where=inside)
-        return jnp.sum(u * y, where=inside) / jnp.sum(u * u, where=inside)
+        u = jnp.where(inside, self.doublings - _mean(self.doublings, inside), 0)
+        y = self.values - _mean(self.values, inside)
+        return _sum(u * y) / _sum(u * u)
 
     @property
     def noise(self) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -96,9 +98,9 @@ class Window(eqx.Module):
     @property
     def resolution(self) -> Float[Array, ""]:
         """Smallest difference of neighbours that is none: what a log was rounded to, if it was."""
-        steps = jnp.abs(jnp.diff(self.values))
-        held = jnp.arange(WINDOW - 1) >= WINDOW - self.filled
-        smallest = jnp.min(jnp.where(held & (steps > 1e-6), steps, jnp.inf))
+        steps = jnp.abs(jnp.diff(self.values, append=self.values[-1]))
+        held = jnp.arange(WINDOW) >= WINDOW - self.filled
+        smallest = _min(jnp.where(held & (steps > 1e-6), steps, jnp.inf))
         return jnp.where(jnp.isfinite(smallest), smallest, 0)
 
     def _newest(self, span: float, fewest: int = FEWEST) -> Bool[Array, "window"]:
@@ -120,6 +122,27 @@ class Window(eqx.Module):
 def _median(values: Float[Array, "k"], where: Bool[Array, "k"]) -> Float[Array, ""]:
     """The upper median, by counting: a few times faster than a sort of so few."""
     values = jnp.where(where, values, jnp.inf)
-    no_more = jnp.sum(values[:, None] >= values, axis=1, dtype=jnp.int32)
-    half = jnp.sum(where, dtype=jnp.int32) // 2
-    return jnp.min(jnp.where(no_more > half, values, jnp.inf))
+    no_more = _sum((values[:, None] >= values).astype(jnp.int32))
+    half = _sum(where.astype(jnp.int32)) // 2
+    return _min(jnp.where(no_more > half, values, jnp.inf))
+
+
+def _mean(values: Float[Array, "k"], where: Bool[Array, "k"]) -> Float[Array, ""]:
+    return _sum(jnp.where(where, values, 0)) / _sum(where.astype(jnp.float32))
+
+
+def _sum(values: Shaped[Array, "*rows k"]) -> Shaped[Array, "*rows"]:
+    return jnp.sum(_folded(jnp.add, values), axis=-1)
+
+
+def _min(values: Float[Array, "k"]) -> Float[Array, ""]:
+    return jnp.min(_folded(jnp.minimum, values))
+
+
+def _folded(
+    two: Callable[[Array, Array], Array], values: Shaped[Array, "*rows k"]
+) -> Shaped[Array, "*rows k/2"]:
+    """One half on the other (k is even): XLA's CPU compiler splits reductions of more than 32
+    numbers into two kernels each, and what takes time here is the number of kernels."""
+    half = values.shape[-1] // 2
+    return two(values[..., :half], values[..., half:])
