@@ -182,9 +182,8 @@ class Study:
         """Let the monitor see this step; returns which signals ring, to be read like metrics."""
         if self.state.monitor is None:
             return None
-        step = jax.device_put(np.int32(self.step), self.everywhere)
-        lar = metrics.lars["unembedding"]
-        monitor, rings = live.watch(self.state.monitor, step, lar, metrics.loss, self.baseline)
+        at = metrics.step, metrics.lars["unembedding"], metrics.loss
+        monitor, rings = live.watch(self.state.monitor, *at, self.baseline)
         self.state = self.state._replace(monitor=monitor)
         return rings
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 import jlar
 
 from .config import PretrainConfig
-from .model import Decoder, Probes, probes
+from .model import Decoder, Probes, linear, probes
 from .optimisers import optimiser
 from .sharding import BATCH, HIDDEN, abstract, shardings
 
@@ -44,6 +44,7 @@ class State(NamedTuple):
 class Metrics(NamedTuple):
     """What every step returns; all is that of the whole batch, wherever its parts were."""
 
+    step: Int[Array, ""]
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
     energies: dict[str, jlar.Energies]
@@ -72,7 +73,7 @@ def losses(
     if config.loss == "fused":
         loss, energies = jlar.losses.cross_entropy(W, X, labels, soft_cap=cap or None)
         return loss, (energies, X)
-    Y = jnp.matmul(X, W.T, preferred_element_type=jnp.float32)
+    Y = linear(W, X, jnp.float32)
     energies = jlar.energies(W, X, Y=Y)
     z = cap * jnp.tanh(Y / cap) if cap else Y
     return optax.softmax_cross_entropy_with_integer_labels(z, labels).mean(), (energies, X)
@@ -146,7 +147,8 @@ class Program:
         new = State(state.step + 1, model, optimiser_state, state.monitor)
         ratios = {name: each.lar for name, each in measured.items()}
         kept = {name: each.keep_rate for name, each in measured.items()}
-        return new, Metrics(value, optax.tree.norm(gradient), measured, ratios, kept)
+        norm = optax.tree.norm(gradient)
+        return new, Metrics(state.step, value, norm, measured, ratios, kept)
 
     def _inspection(self, model: Decoder, batch: Batch) -> Inspection:
         def forward(probes: Probes) -> tuple[Array, Any]:
