@@ -11,9 +11,12 @@ with install_import_hook(["jlar", "jlar_experiments", "reference"], "beartype.be
     import reference  # noqa: F401
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def strict_promotion():
-    """No implicit dtype promotion inside the library (the README's optax example needs some)."""
+    """No implicit dtype promotion inside the library (the README's optax example needs some).
+
+    Of the modules, for what they share is compiled once only if it sees the same.
+    """
     with jax.numpy_dtype_promotion("strict"):
         yield
 

@@ -25,6 +25,7 @@ SETTINGS = {
     "width": 16, "layers": 1, "heads": 2, "hidden": 16, "length": 8, "batch": 8, "steps": 30,
     "unique_tokens": 160, "validation_tokens": 64, "validate_every": 5, "inspect_every": 10,
     "checkpoint_every": 8, "warm_up": 2, "unroll": 1,
+    "lr": 0.02,  # for a LAR that is no longer initialisation's
 }  # fmt: skip
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
 TIMES = ("tokens_per_second", "mfu")
@@ -133,7 +134,6 @@ def test_sigterm_saves_first(whole, config, tokens, tmp_path, monkeypatch, capsy
 
 
 def test_an_alarm_is_that_of_watch_and_is_said_once(config, tokens, tmp_path, monkeypatch, capsys):
-    config = dataclasses.replace(config, lr=0.02)  # for a LAR that is no longer initialisation's
     steps = np.arange(1, 31)
     high = jlar.Baseline.from_points(steps, np.full(30, 0.99), np.full(30, 2.0))
     advance, folder = study.Study.advance, tmp_path / "run"
