@@ -102,8 +102,8 @@ class Monitor(eqx.Module):
     Every mean is over a fraction of a doubling of steps, so nothing depends on how often LAR is
     logged or on what a step is; each threshold has a floor and a multiple of the noise, which is
     estimated from the run. State: at most 48 points per signal, float32; it can be carried
-    through jit, scan, vmap and checkpoints. Cost: some 17 microseconds of one CPU core per update
-    at every step, and 90 where each point is a window's own, as in sparse logs
+    through jit, scan, vmap and checkpoints. Cost: some 6 microseconds of one CPU core per update at
+    every step, and 20 where each point is a window's own, as in sparse logs
     (`benchmarks/monitor.py`).
 
     Example:
