@@ -58,9 +58,9 @@ class BytesTiny(Preset):
     """A decoder of 0.16M parameters on bytes of the standard library, AdamW.
 
     `jlar paper pretraining --preset bytes-tiny`: the baseline (1.02M tokens once) and 25,600 tokens
-    forty times; 45 to 58 s an arm on two idle cores, two minutes with the report. Expected
-    (n = 3 seeds): a generalisation gap of 4.5 nats at the end, LAR .16 below the baseline's .77,
-    D(t) against the gap with r = .97.
+    forty times; 82 s for both on two idle cores, 95 with the report. Expected (n = 3 seeds): a
+    generalisation gap of 4.5 nats at the end, LAR .16 below the baseline's .77, D(t) against the
+    gap with r = .97.
     """
 
     def __init__(self) -> None:
