@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlar import Energies
@@ -52,7 +51,7 @@ class Block(eqx.Module):
 
         def product(name: str, x: Array) -> Array:
             W = getattr(self, name).astype(x.dtype)
-            Y = linear(W, x)
+            Y = linear(W, x, platform)
             return Y if probes is None else tap(probes[name], W, x, Y)
 
         h = rms_norm(x, self.gains[0])
@@ -123,15 +122,14 @@ def probes(config: PretrainConfig) -> Probes:
 
 
 def linear(
-    W: Float[Array, "m n"], x: Float[Array, "*t n"], dtype: DTypeLike | None = None
-) -> Float[Array, "*t m"]:
-    """x W^T, over the tokens as one axis.
-
-    Of several axes XLA's CPU compiler makes one for the gradient of W, by a copy that it computes
-    in transposed order with all that went before: a seventh of a step of `bytes-tiny`.
-    """
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), W.T, preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], W.shape[0])
+    W: Float[Array, "m n"], x: Float[Array, "b t n"], platform: str
+) -> Float[Array, "b t m"]:
+    """x W^T."""
+    if platform != "cpu":
+        return x @ W.T
+    # Of two axes of tokens XLA's CPU compiler makes one for the gradient of W, by a copy in which
+    # it computes, in transposed order, all that went before: a seventh of a step of `bytes-tiny`.
+    return (x.reshape(-1, x.shape[-1]) @ W.T).reshape(*x.shape[:-1], W.shape[0])
 
 
 def rms_norm(x: Float[Array, "*t n"], gain: Float[Array, " n"]) -> Float[Array, "*t n"]:

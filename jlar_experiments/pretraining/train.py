@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 import jlar
 
 from .config import PretrainConfig
-from .model import Decoder, Probes, linear, probes
+from .model import Decoder, Probes, probes
 from .optimisers import optimiser
 from .sharding import BATCH, HIDDEN, abstract, shardings
 
@@ -73,7 +73,7 @@ def losses(
     if config.loss == "fused":
         loss, energies = jlar.losses.cross_entropy(W, X, labels, soft_cap=cap or None)
         return loss, (energies, X)
-    Y = linear(W, X, jnp.float32)
+    Y = jnp.matmul(X, W.T, preferred_element_type=jnp.float32)
     energies = jlar.energies(W, X, Y=Y)
     z = cap * jnp.tanh(Y / cap) if cap else Y
     return optax.softmax_cross_entropy_with_integer_labels(z, labels).mean(), (energies, X)

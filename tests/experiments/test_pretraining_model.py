@@ -13,7 +13,7 @@ import pytest
 import reference
 from jlar_experiments.pretraining import sharding, train
 from jlar_experiments.pretraining.config import PretrainConfig
-from jlar_experiments.pretraining.model import MATRICES, Decoder, attention
+from jlar_experiments.pretraining.model import MATRICES, Decoder, attention, linear
 from jlar_experiments.pretraining.optimisers import learning_rate, optimiser
 from jlar_experiments.pretraining.presets import PRESETS
 
@@ -240,3 +240,17 @@ def test_attention_is_that_of_jax(dtype):
             results.append((out, pull(g)))
     tolerance = 1e-5 if dtype == jnp.float32 else 3e-2
     chex.assert_trees_all_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_products_are_the_same_on_every_platform():
+    """With the tokens in one axis, as on CPUs, and in two; gradients too."""
+    W, x, g = (
+        jax.random.normal(jax.random.key(i), s)
+        for i, s in enumerate([(5, 4), (2, 9, 4), (2, 9, 5)])
+    )
+    results = []
+    for platform in ("cpu", "tpu"):
+        Y, pull = jax.vjp(lambda W, x, p=platform: linear(W, x, p), W, x)
+        results.append((Y, pull(g)))
+    assert results[0][0].shape == g.shape
+    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
