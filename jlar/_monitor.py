@@ -62,10 +62,14 @@ class Signal(eqx.Module):
     """Consecutive points that contradict `alarm`."""
 
     @classmethod
-    def silent(cls) -> "Signal":
+    def silent(cls, *shape: int) -> "Signal":
         """Nothing seen, nothing rung."""
-        nan = jnp.full((), jnp.nan, jnp.float32)
-        return cls(nan, nan, nan, jnp.zeros((), bool), nan, jnp.zeros((), jnp.int32))
+        nan = jnp.full(shape, jnp.nan, jnp.float32)
+        return cls(nan, nan, nan, jnp.zeros(shape, bool), nan, jnp.zeros(shape, jnp.int32))
+
+    def __getitem__(self, i: int) -> "Signal":
+        """One of a stack: stacks are along the last axis."""
+        return jax.tree.map(lambda a: a[..., i], self)
 
     @property
     def rang(self) -> Bool[Array, "*runs"]:
@@ -103,7 +107,7 @@ class Monitor(eqx.Module):
     logged or on what a step is; each threshold has a floor and a multiple of the noise, which is
     estimated from the run. State: at most 48 points per signal, float32; it can be carried
     through jit, scan, vmap and checkpoints. Cost: some 6 microseconds of one CPU core per update at
-    every step, and 20 where each point is a window's own, as in sparse logs
+    every step, and 15 where each point is a window's own, as in sparse logs
     (`benchmarks/monitor.py`).
 
     Example:
@@ -126,18 +130,18 @@ class Monitor(eqx.Module):
     """Updates whose LAR was not finite."""
     replayed: Int[Array, "*runs"]
     """Updates whose step was not greater than all before: a restart replaying what is known."""
-    deviation: Signal
-    matched_loss: Signal
-    decline: Signal
+    overfitting: Signal
+    """Three, as the windows: `decline`, `deviation` and `matched_loss`."""
     grokking: Signal
     peak_lar: Float[Array, "*runs"]
     """The largest LAR, a mean over half a doubling; nan before there is one."""
-    peak_step: Float[Array, "*runs"]
+    peak_doublings: Float[Array, "*runs"]
+    """log2 of the mean step of that mean."""
     early_decline: Float[Array, "*runs"]
     """LAR lost per doubling in the first doubling after the peak; nan before that is over."""
     counted_lar: Float[Array, "*runs"]
     """LAR where the decline is counted from."""
-    counted_step: Float[Array, "*runs"]
+    counted_doublings: Float[Array, "*runs"]
     slope: Float[Array, "*runs"]
     """Change of LAR per doubling of steps, over the last half of a doubling."""
     steepest: Float[Array, "*runs"]
@@ -165,20 +169,18 @@ class Monitor(eqx.Module):
         if n is not None:
             check_width(n, "the argument n")
         nan, none = jnp.full((), jnp.nan, jnp.float32), jnp.zeros((), jnp.int32)
-        silent, before = Signal.silent(), jnp.full((), -jnp.inf, jnp.float32)
+        before = jnp.full((), -jnp.inf, jnp.float32)
         return cls(
             step=before,
             ignored=none,
             replayed=none,
-            deviation=silent,
-            matched_loss=silent,
-            decline=silent,
-            grokking=silent,
+            overfitting=Signal.silent(3),
+            grokking=Signal.silent(),
             peak_lar=nan,
-            peak_step=nan,
+            peak_doublings=nan,
             early_decline=nan,
             counted_lar=nan,
-            counted_step=nan,
+            counted_doublings=nan,
             slope=nan,
             steepest=jnp.zeros((), jnp.float32),
             memorised_lar=nan,
@@ -189,15 +191,34 @@ class Monitor(eqx.Module):
         )
 
     @property
+    def decline(self) -> Signal:
+        """What LAR has lost beyond the allowed decline."""
+        return self.overfitting[0]
+
+    @property
+    def deviation(self) -> Signal:
+        """How far LAR is below the baseline's at the same step."""
+        return self.overfitting[1]
+
+    @property
+    def matched_loss(self) -> Signal:
+        """How far LAR is below the baseline's at the same training loss."""
+        return self.overfitting[2]
+
+    @property
     def alarm(self) -> Bool[Array, "*runs"]:
         """Whether a signal of overfitting rings now."""
-        return self.deviation.alarm | self.matched_loss.alarm | self.decline.alarm
+        return jnp.any(self.overfitting.alarm, axis=-1)
 
     @property
     def first_alarm_step(self) -> Float[Array, "*runs"]:
         """When a signal of overfitting first rang; nan if none ever did."""
-        signals = (self.deviation, self.matched_loss, self.decline)
-        return jnp.nanmin(jnp.stack([each.first_alarm_step for each in signals]), axis=0)
+        return jnp.nanmin(self.overfitting.first_alarm_step, axis=-1)
+
+    @property
+    def peak_step(self) -> Float[Array, "*runs"]:
+        """Where LAR was largest; nan before there is such a mean."""
+        return jnp.exp2(self.peak_doublings)
 
     @property
     def slope_per_step(self) -> Float[Array, "*runs"]:
@@ -263,8 +284,8 @@ class Monitor(eqx.Module):
         u_mean, lar_mean = run.level(PEAK, single[0])
         rising = run.enough & ~(lar_mean <= self.peak_lar)
         peak_lar = jnp.where(rising, lar_mean, self.peak_lar)
-        peak_step = jnp.where(rising, jnp.exp2(u_mean), self.peak_step)
-        doublings = u[0] - jnp.log2(peak_step)
+        peak_doublings = jnp.where(rising, u_mean, self.peak_doublings)
+        doublings = u[0] - peak_doublings
         early = jnp.where(rising, jnp.nan, self.early_decline)
         ends = (doublings >= 1) & jnp.isnan(early)  # the first doubling after the peak
         early = jnp.where(ends, (peak_lar - level[0]) / doublings, early)
@@ -273,45 +294,39 @@ class Monitor(eqx.Module):
         def tilted(u: Array, lar: Array) -> Array:
             return lar + allowed * u  # constant along the decline that is allowed
 
-        held = tilted(jnp.log2(self.counted_step), self.counted_lar)
+        held = tilted(self.counted_doublings, self.counted_lar)
         higher = run.enough & ~(tilted(u_mean, lar_mean) <= held)
         counted_lar = jnp.where(higher, lar_mean, self.counted_lar)
-        counted_step = jnp.where(higher, jnp.exp2(u_mean), self.counted_step)
+        counted_doublings = jnp.where(higher, u_mean, self.counted_doublings)
         anew = ends & (allowed > limits.allowed)
         counted_lar = jnp.where(anew, level[0], counted_lar)
-        counted_step = jnp.where(anew, jnp.exp2(u[0]), counted_step)
+        counted_doublings = jnp.where(anew, u[0], counted_doublings)
         level = jnp.where(peak_lar >= ALIGNED, level, jnp.nan)
 
         passed = jnp.exp2(run.doublings[-2] - run.doublings[-1])  # last step over this one
         steepest = jnp.fmax(slope, self.steepest * passed)
-        behind = jnp.stack([BEHIND * steepest, BEHIND_AT_LOSS * jnp.maximum(slope, 0)])
-        far = limits.deviation + behind + limits.noises * noise[1:]
-        deviation, matched_loss = (
-            signal.update(self.step, heard[i], level[i], far[i - 1], noise[i])
-            for i, signal in ((1, self.deviation), (2, self.matched_loss))
-        )
-        lost = tilted(jnp.log2(counted_step), counted_lar) - tilted(u[0], level[0])
+        at_step = limits.deviation + BEHIND * steepest
+        at_loss = limits.deviation + BEHIND_AT_LOSS * jnp.maximum(slope, 0)
+        floor = jnp.stack([jnp.full_like(slope, limits.decline), at_step, at_loss])
+        threshold = floor + limits.noises * noise
+
+        old = self.overfitting
+        near = jnp.where(heard, level < threshold / 2, old.level < old.threshold / 2)[1]
         compared = self.windows.doublings[0, -1] - self.windows.doublings[1, -1] < LEVEL
-        shared = compared & (deviation.level < deviation.threshold / 2)
         # What the end of a warm-up has cost stays lost, but goes on no longer.
         over = (doublings < 1) | ~self.decline.alarm & (slope > -STEEP * limits.allowed)
-        decline = self.decline.update(
-            self.step,
-            heard[0],
-            jnp.where(shared | over, jnp.minimum(lost, 0), lost),
-            limits.decline + limits.noises * noise[0],
-            noise[0],
-        )
+        lost = tilted(counted_doublings, counted_lar) - tilted(u[0], level[0])
+        lost = jnp.where(compared & near | over, jnp.minimum(lost, 0), lost)
+        level = jnp.where(jnp.arange(3) == 0, lost, level)
+        overfitting = old.update(self.step, heard, level, threshold, noise)
         return replace(
             self,
-            deviation=deviation,
-            matched_loss=matched_loss,
-            decline=decline,
+            overfitting=overfitting,
             peak_lar=peak_lar,
-            peak_step=peak_step,
+            peak_doublings=peak_doublings,
             early_decline=early,
             counted_lar=counted_lar,
-            counted_step=counted_step,
+            counted_doublings=counted_doublings,
             slope=slope,
             steepest=steepest,
         )

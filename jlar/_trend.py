@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
@@ -89,7 +90,8 @@ class Window(eqx.Module):
         neighbours four points away, which gives rho; the mean of many has (1 + rho) / (1 - rho)
         times the variance it has without. Infinite before there are enough points.
         """
-        near, far = self._residual_variance(1), self._residual_variance(4)
+        both = zip(self._residuals(1), self._residuals(4), strict=True)
+        near, far = jnp.square(1.4826 * jax.vmap(_median)(*map(jnp.stack, both)))
         share = jnp.minimum(near / jnp.maximum(far, 1e-30), 1)
         rho = jnp.clip(2 - jnp.sqrt(1 + 3 * share), 0, 0.9)
         single = jnp.where(self.enough, jnp.maximum(near, far), jnp.inf)
@@ -98,8 +100,8 @@ class Window(eqx.Module):
     @property
     def resolution(self) -> Float[Array, ""]:
         """Smallest difference of neighbours that is none: what a log was rounded to, if it was."""
-        steps = jnp.abs(jnp.diff(self.values, append=self.values[-1]))
-        held = jnp.arange(WINDOW) >= WINDOW - self.filled
+        steps = jnp.abs(jnp.diff(self.values))
+        held = jnp.arange(WINDOW - 1) >= WINDOW - self.filled
         smallest = _min(jnp.where(held & (steps > 1e-6), steps, jnp.inf))
         return jnp.where(jnp.isfinite(smallest), smallest, 0)
 
@@ -108,7 +110,8 @@ class Window(eqx.Module):
         recent = self.doublings >= self.doublings[-1] - span
         return (place >= WINDOW - self.filled) & (recent | (place >= WINDOW - fewest))
 
-    def _residual_variance(self, lag: int) -> Float[Array, ""]:
+    def _residuals(self, lag: int) -> tuple[Float[Array, "window"], Bool[Array, "window"]]:
+        """What interpolation between points `lag` away leaves of each, padded, and which count."""
         before, at, after = (slice(i, i + WINDOW - 2 * lag) for i in (0, lag, 2 * lag))
         u, y = self.doublings, self.values
         w = (u[after] - u[at]) / jnp.maximum(u[after] - u[before], RESOLUTION / 2)
@@ -116,19 +119,23 @@ class Window(eqx.Module):
         r = r / jnp.sqrt(1 + w * w + (1 - w) * (1 - w))
         # Only the last doubling: the rise of the warm-up is too steep to be told from noise.
         valid = self._newest(NOISE_SPAN, NOISE_FEWEST)[before]
-        return jnp.square(1.4826 * _median(r, valid))
+        return jnp.pad(r, (0, 2 * lag)), jnp.pad(valid, (0, 2 * lag))
 
 
 def _median(values: Float[Array, "k"], where: Bool[Array, "k"]) -> Float[Array, ""]:
     """The upper median, by counting: a few times faster than a sort of so few."""
     values = jnp.where(where, values, jnp.inf)
     no_more = _sum((values[:, None] >= values).astype(jnp.int32))
-    half = _sum(where.astype(jnp.int32)) // 2
+    half = _count(where) // 2
     return _min(jnp.where(no_more > half, values, jnp.inf))
 
 
 def _mean(values: Float[Array, "k"], where: Bool[Array, "k"]) -> Float[Array, ""]:
-    return _sum(jnp.where(where, values, 0)) / _sum(where.astype(jnp.float32))
+    return _sum(jnp.where(where, values, 0)) / _count(where).astype(jnp.float32)
+
+
+def _count(where: Bool[Array, "k"]) -> Int[Array, ""]:
+    return _sum(where.astype(jnp.int32))
 
 
 def _sum(values: Shaped[Array, "*rows k"]) -> Shaped[Array, "*rows"]:
@@ -141,8 +148,9 @@ def _min(values: Float[Array, "k"]) -> Float[Array, ""]:
 
 def _folded(
     two: Callable[[Array, Array], Array], values: Shaped[Array, "*rows k"]
-) -> Shaped[Array, "*rows k/2"]:
-    """One half on the other (k is even): XLA's CPU compiler splits reductions of more than 32
-    numbers into two kernels each, and what takes time here is the number of kernels."""
-    half = values.shape[-1] // 2
-    return two(values[..., :half], values[..., half:])
+) -> Shaped[Array, "*rows half"]:
+    """One half on the other: XLA's CPU compiler splits reductions of more than 32 numbers into two
+    kernels each, and what takes time here is the number of kernels. Of an odd number the middle one
+    is in both halves, which a minimum does not notice."""
+    half = (values.shape[-1] + 1) // 2
+    return two(values[..., :half], values[..., -half:])
