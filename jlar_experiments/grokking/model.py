@@ -3,7 +3,8 @@
 Attention is causal, so the first two positions, the `prompt`, depend on x alone and are carried
 once per element. The last two, the `question`, differ for each pair only after the first attention.
 Of the last block no more than keys and values is needed ahead of the last position. All this saves
-more than half of the work and changes the numbers by rounding only.
+more than half of the work and changes the numbers by rounding only. The positions of all pairs are
+rows of one matrix, first position first, so that products, slices and joins are of whole matrices.
 """
 
 import itertools
@@ -56,26 +57,27 @@ class Block(eqx.Module):
         self.norms = (Norm(n, layer=self.post), Norm(n, layer=self.post))
         self.heads = config.heads
 
-    def queries(self, x: Float[Array, "*b t n"]) -> Float[Array, "*b t n"]:
+    def queries(self, x: Float[Array, "tb n"]) -> Float[Array, "tb n"]:
         """What these positions look for."""
         return self._read(x) @ self.qkv[: x.shape[-1]].T
 
-    def keys_values(self, x: Float[Array, "*b t n"]) -> Float[Array, "*b t two_n"]:
+    def keys_values(self, x: Float[Array, "tb n"]) -> Float[Array, "tb two_n"]:
         """What these positions offer to later ones."""
         return self._read(x) @ self.qkv[x.shape[-1] :].T
 
-    def _read(self, x: Float[Array, "*b t n"]) -> Float[Array, "*b t n"]:
+    def _read(self, x: Float[Array, "tb n"]) -> Float[Array, "tb n"]:
         return x if self.post else self.norms[0](x)
 
     def __call__(
         self,
-        x: Float[Array, "b t n"],
-        queries: Float[Array, "b t n"],
-        keys_values: Float[Array, "b s two_n"],
-    ) -> Float[Array, "b t n"]:
+        x: Float[Array, "tb n"],
+        queries: Float[Array, "tb n"],
+        keys_values: Float[Array, "sb two_n"],
+        t: int = 2,
+    ) -> Float[Array, "tb n"]:
         """The residual stream after this block, at the last t of s positions."""
         first, second = self.norms
-        x = x + _attention(queries, keys_values, self.heads) @ self.out.T
+        x = x + _attention(queries, keys_values, t, self.heads) @ self.out.T
         if self.post:
             x = first(x)
             return second(x + jax.nn.relu(x @ self.up.T) @ self.down.T)
@@ -112,14 +114,16 @@ class Transformer(eqx.Module):
         prompt = _positions(elements + self.positions[0], op + self.positions[1])
         asked = _positions(elements + self.positions[2], equals + self.positions[3])
         first, last = self.blocks[0], self.blocks[-1]
-        question, sought, offered = asked[y], first.queries(asked)[y], first.keys_values(asked)[y]
+        question, sought, offered = (
+            _of(y, rows) for rows in (asked, first.queries(asked), first.keys_values(asked))
+        )
         for block, following in itertools.pairwise(self.blocks):
             before = block.keys_values(prompt)
-            question = block(question, sought, _joined(before[x], offered))
+            question = block(question, sought, jnp.concatenate([_of(x, before), offered]))
             prompt = block(prompt, block.queries(prompt), before)
             sought, offered = following.queries(question), following.keys_values(question)
-        seen = _joined(last.keys_values(prompt)[x], offered)
-        answer = last(question[:, 1:], sought[:, 1:], seen)[:, 0]
+        seen = jnp.concatenate([_of(x, last.keys_values(prompt)), offered])
+        answer = last(question[len(y) :], sought[len(y) :], seen, t=1)  # at `=`
         return answer if self.final is None else self.final(answer)
 
     def __call__(self, x: Int[Array, " b"], y: Int[Array, " b"]) -> Float[Array, "b m"]:
@@ -157,28 +161,30 @@ def _uniform(key: PRNGKeyArray, shape: tuple[int, int], bound: float) -> Float[A
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def _positions(a: Float[Array, "b n"], b: Float[Array, " n"]) -> Float[Array, "b 2 n"]:
-    return jnp.stack([a, jnp.broadcast_to(b, a.shape)], axis=1)
+def _positions(a: Float[Array, "b n"], b: Float[Array, " n"]) -> Float[Array, "2b n"]:
+    return jnp.concatenate([a, jnp.broadcast_to(b, a.shape)])
 
 
-def _joined(before: Float[Array, "b s n"], after: Float[Array, "b t n"]) -> Float[Array, "b s+t n"]:
-    return jnp.concatenate([before, after], axis=1)
+def _of(elements: Int[Array, " b"], rows: Float[Array, "2m n"]) -> Float[Array, "2b n"]:
+    """Both positions of these elements, out of those of all."""
+    n = rows.shape[1]
+    return rows.reshape(2, -1, n)[:, elements].reshape(-1, n)
 
 
 def _attention(
-    queries: Float[Array, "b t n"], keys_values: Float[Array, "b s two_n"], heads: int
-) -> Float[Array, "b t n"]:
+    queries: Float[Array, "tb n"], keys_values: Float[Array, "sb two_n"], t: int, heads: int
+) -> Float[Array, "tb n"]:
     """Causal attention of the last t of s positions to all that are not later.
 
     Heads of a few features at four positions would be thousands of tiny products. Multiplying
     features and summing them per head, by a product with the 0/1 matrix of heads, is faster.
     """
-    t, n, s = queries.shape[1], queries.shape[2], keys_values.shape[1]
+    n, s = queries.shape[1], t * keys_values.shape[0] // queries.shape[0]
     member = jnp.repeat(jnp.eye(heads), n // heads, axis=0)
-    keys, values = jnp.split(keys_values, 2, axis=-1)
+    keys, values = (jnp.split(each, s) for each in jnp.split(keys_values, 2, axis=-1))
     answers = []
-    for i, seen in enumerate(range(s - t + 1, s + 1)):
-        scores = jnp.stack([(queries[:, i] * keys[:, j]) @ member for j in range(seen)])
+    for query, seen in zip(jnp.split(queries, t), range(s - t + 1, s + 1), strict=True):
+        scores = jnp.stack([(query * keys[j]) @ member for j in range(seen)])
         weights = jax.nn.softmax(scores * jnp.float32((n // heads) ** -0.5), axis=0)
-        answers.append(sum((weights[j] @ member.T) * values[:, j] for j in range(seen)))
-    return jnp.stack(answers, axis=1)
+        answers.append(sum((weights[j] @ member.T) * values[j] for j in range(seen)))
+    return jnp.concatenate(answers)
