@@ -3,13 +3,19 @@
 import argparse
 import json
 import pathlib
+import re
 import statistics
+import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+
+Kernels = dict[str, tuple[int, float]]
+"""By kind: executions, and seconds of all of them."""
 
 # Where others share the machine, wall time measures them as well; the CPU time of this process,
 # over all its threads, does so much less.
@@ -63,6 +69,35 @@ def compiled(function: Callable, *args: Any) -> tuple[Any, dict[str, float]]:
         "temporary_bytes": memory.temp_size_in_bytes if memory else float("nan"),
     }
     return program, figures
+
+
+def kernels(program: Any, call: Callable[[], Any]) -> Kernels:
+    """Executions and seconds of each kind of kernel in one call, from JAX's profiler (CPU only).
+
+    A kind is a kernel's result and its last JAX operation, and whether that is in a loop and of the
+    backward pass: the names of layers and the numbers that XLA gives do not count.
+    """
+    instruction = re.compile(
+        r"%(?P<name>\S+) = (?P<result>\w+\[[\d,]*\])\S* (?!call|conditional)[\w-]+\("
+        r'(?:.*op_name="(?P<operation>[^"]*)")?'
+    )
+    kinds = {}
+    for found in instruction.finditer(program.as_text()):
+        operation = found["operation"] or "copy"
+        places = [place for place in ("transpose(jvp", "while") if place in operation]
+        kinds[found["name"]] = " ".join([*places, operation.split("/")[-1], found["result"]])
+    seen: Kernels = defaultdict(lambda: (0, 0.0))
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call())
+        path = next(pathlib.Path(folder).rglob("*.xplane.pb"))
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines:
+                for event in line.events if line.name != "python" else ():
+                    if event.name in kinds:
+                        count, total = seen[kinds[event.name]]
+                        seen[kinds[event.name]] = count + 1, total + event.duration_ns / 1e9
+    return dict(seen)
 
 
 def options(doc: str, **defaults: int) -> argparse.Namespace:
