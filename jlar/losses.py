@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, Shaped
 
 from . import _checks as check
 from . import _mesh as mesh
-from ._energies import Energies, sums
+from ._energies import Energies, energy, sums
 
 
 class _Rule(NamedTuple):
@@ -223,7 +223,7 @@ def _scan(
         x, label, kept, weight = tokens
         Y = check.product(x, W, acc)
         losses, pull = jax.vjp(lambda Y: _token_losses(Y, label, kept, rule), Y)
-        sums = losses, jnp.sum(jnp.square(Y))  # Y = 0 where X was zeroed: only kept tokens count
+        sums = losses, energy(Y, Y.dtype)  # Y = 0 where X was zeroed: only kept tokens count
         if weight is None:
             return None, (*sums, None)
         G = pull(mesh.vary_as(weight, losses))[0].astype(rule.dtype)
