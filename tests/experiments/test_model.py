@@ -42,10 +42,10 @@ def reference(model, x, y):
         first, second = block.norms
         if block.post:
             h = normalised(first, h + attended(block, h))
-            h = normalised(second, h + np.maximum(h @ block.up.T, 0) @ block.down.T)
+            h = normalised(second, h + np.maximum(h @ block.up, 0) @ block.down.T)
         else:
             h = h + attended(block, normalised(first, h))
-            h = h + np.maximum(normalised(second, h) @ block.up.T, 0) @ block.down.T
+            h = h + np.maximum(normalised(second, h) @ block.up, 0) @ block.down.T
     return h[-1] if m.final is None else normalised(m.final, h[-1])
 
 
