@@ -21,6 +21,13 @@ def strict_promotion():
         yield
 
 
+@pytest.fixture(params=[8, 1])
+def devices(request, monkeypatch):
+    """How many there seem to be: sums of squares go row by row if there is but one CPU."""
+    monkeypatch.setattr(jax, "device_count", lambda: request.param)
+    return request.param
+
+
 @pytest.fixture
 def unchecked(monkeypatch):
     """Without the jaxtyping hook, as users run: it would pre-empt the library's own errors."""

@@ -65,6 +65,13 @@ def test_narrow_dtypes_are_summed_in_float32(dtype, unchecked):
     )
 
 
+def test_a_single_cpu_sums_row_by_row(devices):
+    W, X = (jnp.asarray(a) for a in gaussian(5, 4, 6))
+    program = jax.jit(lambda W, X: jlar.energies(W, X, Y=X @ W.T)).lower(W, X)
+    assert ("optimization_barrier" in program.as_text()) == (devices == 1)
+
+
+@pytest.mark.usefixtures("devices")
 def test_any_number_of_token_axes():
     W, X = pair("aligned")
     expected = jlar.lar(W, X)
@@ -72,6 +79,7 @@ def test_any_number_of_token_axes():
     np.testing.assert_allclose(jlar.lar(W, X[0]), reference.lar(W, X[:1]), rtol=2e-6)
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("mask_dtype", [bool, jnp.int32, jnp.float32, jnp.bfloat16])
 def test_mask_counts_only_kept_tokens(mask_dtype):
     W, X = pair("aligned")
@@ -149,6 +157,7 @@ def test_extremes():
     np.testing.assert_allclose(jlar.lar(jnp.eye(6), jnp.ones((3, 6))), 0.5, atol=1e-6)
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("of", ["W", "X", "mask", "nan", "inf W", "inf X"])
 def test_nan_out(of):
     W, X = pair("tall")
@@ -175,6 +184,7 @@ def test_nan_out(of):
     assert jnp.isnan(jlar.Energies.zeros(12).lar)
 
 
+@pytest.mark.usefixtures("devices")
 def test_derivatives_to_order_two(x64):
     W, X = (jnp.asarray(a) for a in gaussian(5, 4, 6))
     mask = jnp.array([1, 1, 0, 1, 1, 1])

@@ -330,6 +330,7 @@ def test_nothing_is_dropped_silently(unchecked):
         call(total, mlp, every=2)
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(("sizes", "batch"), [((8, "scalar", 32), 100), ((33, 7, 65), 257)])
 @pytest.mark.parametrize("bias", [True, False])
 def test_mlp_bit_for_bit(sizes, batch, bias):
