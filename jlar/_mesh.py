@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 Axes = Mapping[str, str | tuple[str, ...]]
 """Mesh axes that split the tokens "t", outputs "m" and inputs "n" of (W, X) inside shard_map."""
@@ -42,6 +40,11 @@ class Split(NamedTuple):
     def named(self) -> frozenset[str]:
         """All of them."""
         return frozenset().union(*self)
+
+
+def names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def split(axes: Axes | None) -> Split:
@@ -126,39 +129,3 @@ def unsharded(f: Callable[..., Any], out: Any = WHOLE) -> Callable[..., Any]:
         return jax.sharding.auto_axes(f, out_sharding=named)(*args)
 
     return call
-
-
-def gram(
-    A: Float[Array, "*t c"],
-    acc: jnp.dtype,
-    split: Split,
-    rows: tuple[str, ...] = (),
-    columns: tuple[str, ...] = (),
-) -> Float[Array, "n n"]:
-    """A^T A over all leading axes in dtype `acc`, whole on every device; rows, columns split A.
-
-    Where the columns are split, the devices exchange parts of A, at most n x n numbers at a time,
-    until each holds whole rows.
-    """
-    if not columns:
-        return total(unsharded(partial(_gram, acc))(A), rows, split)
-    parts, c = size(columns), A.shape[-1]
-    A = A.reshape(-1, c)
-    n = c * parts
-    blocks = -(-A.shape[0] // (parts * n))  # so that no exchange carries more than n rows of n
-    per_block = parts * -(-A.shape[0] // (parts * blocks))
-    A = jnp.pad(A, [(0, blocks * per_block - A.shape[0]), (0, 0)]).reshape(blocks, per_block, c)
-
-    def add(so_far: Array, block: Array) -> tuple[Array, None]:
-        whole = jax.lax.all_to_all(block, columns, split_axis=0, concat_axis=1, tiled=True)
-        return so_far + _gram(acc, whole), None
-
-    so_far, _ = jax.lax.scan(add, vary_as(jnp.zeros((n, n), acc), A), A)
-    return total(so_far, (*rows, *columns), split)
-
-
-def _gram(acc: jnp.dtype, A: Float[Array, "*t c"]) -> Float[Array, "c c"]:
-    # One contraction over all token axes: merging them first would gather a sharded second one.
-    leading = list(range(A.ndim - 1))
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.tensordot(A, A, (leading, leading), precision=highest, preferred_element_type=acc)

@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks as check
 from . import _mesh as mesh
+from ._gram import gram
 
 
 def _singular_values(W: Float[ArrayLike, "m n"]) -> Float[Array, "r"]:
@@ -109,7 +110,7 @@ def principal_dimension(
     count = math.prod(tokens) if keep is None else jnp.sum(keep, dtype=jnp.int32)
     mean = jnp.sum(X, axis=tuple(range(X.ndim - 1))) / jnp.asarray(count, X.dtype)
     centred = check.zero_masked(X - mean, keep)
-    covariance, poison = check.finite_part(mesh.gram(centred, X.dtype, mesh.Split()))
+    covariance, poison = check.finite_part(gram(centred, X.dtype, mesh.Split()))
     variances = jnp.linalg.eigvalsh(covariance)[::-1]
     held = jnp.cumsum(jnp.maximum(variances, 0)) + poison
     # Compared at the last entry with itself, not with a separately rounded total.

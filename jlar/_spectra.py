@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 from . import _checks as check
 from . import _mesh as mesh
 from ._energies import Energies, energy
+from ._gram import gram
 from ._lar import log_ratio
 from ._pool import Pool, counts
 
@@ -168,8 +169,8 @@ def second_moments(W: ArrayLike, X: ArrayLike, mask: ArrayLike | None, split: me
     W, X, keep, split = check.operands(W, X, mask, split)
     W, X = jax.lax.stop_gradient((W, X))
     acc = check.accumulator(W, X)
-    w = mesh.gram(check.native(W, acc), acc, split, split.m, split.n)
-    x = mesh.gram(check.native(X, acc), acc, split, split.t, split.columns)
+    w = gram(check.native(W, acc), acc, split, split.m, split.n, last_axis_first=True)
+    x = gram(check.native(X, acc), acc, split, split.t, split.columns)
     kept, total = counts(keep, X.shape[:-1], acc, split)
     return Grams(w=w, x=x, calls=jnp.ones((), acc), kept=kept, total=total)
 

@@ -7,8 +7,9 @@ follows from them; where a spec splits the inputs n, each device also sends its 
 once, at most n x n numbers at a time). The `eigh` of `spectra` and `alignment` runs on every device
 alike, O(n^3): call it every so many steps (`jax.lax.cond`), or take `moments`.
 
-Under plain `jax.jit` the functions of `jlar` itself take sharded arrays as well, and XLA decides
-what moves; inside `jax.shard_map` they take `axes=`.
+Under plain `jax.jit` the functions of `jlar` itself take sharded arrays as well, and move the same
+where the axes of the mesh are explicit; where they are automatic XLA has the last word. Inside
+`jax.shard_map` they take `axes=`.
 """
 
 import functools
@@ -23,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from ._energies import Energies, measure
-from ._mesh import Split
+from ._mesh import Split, names
 from ._moments import Moments
 from ._spectra import Alignment, Grams, Spectra, second_moments
 
@@ -241,24 +242,20 @@ def _program(
 
 def _dimensions(W_spec: P, X_spec: P) -> tuple[tuple[str, ...], ...]:
     """The axes of tokens, outputs, inputs in W, and inputs in X."""
-    *tokens, columns = map(_names, X_spec)
-    m, n = map(_names, W_spec)
+    *tokens, columns = map(names, X_spec)
+    m, n = map(names, W_spec)
     return sum(tokens, ()), m, n, columns
-
-
-def _names(entry: Any) -> tuple[str, ...]:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _check(name: str, array: ArrayLike, spec: P, mesh: Mesh) -> None:
     shape = jax.numpy.shape(array)
     for size, entry in zip(shape, spec, strict=False):
-        for axis in _names(entry):
+        for axis in names(entry):
             if axis not in mesh.shape:
                 raise ValueError(
                     f"{name}_spec names the axis {axis!r}; the mesh has {tuple(mesh.shape)}."
                 )
-        parts = math.prod(mesh.shape[axis] for axis in _names(entry))
+        parts = math.prod(mesh.shape[axis] for axis in names(entry))
         if size % parts:
             raise ValueError(
                 f"{name} of shape {shape} does not divide by {name}_spec {spec}: {size} over "

@@ -169,16 +169,75 @@ def test_collectives_are_found():
     assert collectives(gather.lower(W).compile()) == [("all-gather", M * N)]
 
 
-@pytest.mark.parametrize("split", [s for s in SPLITS if "inputs" not in s])
-def test_under_jit_nothing_is_gathered(split):
-    W, X, Y, labels = placed(mesh_of(AxisType.Auto), split)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("split", SPLITS)
+def test_under_jit_nothing_is_gathered(split, kind, on_one_device):
+    W, X, Y, labels = placed(mesh_of(kind), split)
     energies = jax.jit(lambda W, X, Y, labels: jlar.energies(W, X, Y=Y, mask=labels >= 0))
     assert_moves_at_most(energies.lower(W, X, Y, labels).compile(), 8)
     if split not in NEEDS_Y:
         assert_moves_at_most(jax.jit(jlar.lar).lower(W, X).compile(), 8)
-    moments = jax.jit(lambda W, X: jlar.grams(W, X).spectra())
-    moved = assert_moves_at_most(moments.lower(W, X).compile(), 2 * N * N)  # two sums in one
-    assert all(name == "all-reduce" for name, _ in moved), moved
+    spectra = jax.jit(lambda W, X: jlar.grams(W, X).spectra()).lower(W, X).compile()
+    moved = assert_moves_at_most(spectra, 2 * N * N)  # two sums in one
+    assert not any(name == "all-gather" for name, _ in moved), moved
+    assert_same(jax.device_get(spectra(W, X)), on_one_device["spectra"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((61, N), P(None, "model")),
+        ((62, N), P("data", "model")),
+        ((1000, N), P("model", "data")),
+        ((5, 7, N), P(None, None, "model")),
+        ((16, 33, N), P("data", None, "model")),
+    ],
+    ids=str,
+)
+def test_under_jit_rows_need_not_divide(shape, spec):
+    """By the devices, nor by the pieces that are exchanged."""
+    A = jax.random.normal(jax.random.key(6), shape)
+    split = jax.device_put(A, NamedSharding(mesh_of(AxisType.Auto), spec))
+
+    def gram(A):
+        return jlar.grams(jnp.ones((1, N)), A).x
+
+    program = jax.jit(gram).lower(split).compile()
+    moved = assert_moves_at_most(program, N * N)
+    assert not any(name == "all-gather" for name, _ in moved), moved
+    assert_same(jax.device_get(program(split)), jax.device_get(gram(A)))
+
+
+@pytest.mark.parametrize("spec", [P("f", "t"), P("t", ("d", "f")), P(("f", "t"))], ids=str)
+def test_explicit_axes_of_any_number(spec):
+    """Three of them, and one that vmap runs over."""
+    mesh = jax.make_mesh((2, 2, 2), ("d", "f", "t"), axis_types=(AxisType.Explicit,) * 3)
+    W = jax.device_put(arrays()[0], NamedSharding(mesh, spec))
+    program = jax.jit(lambda W: jlar.grams(W, W).w).lower(W).compile()
+    moved = assert_moves_at_most(program, N * N)
+    assert not any(name == "all-gather" for name, _ in moved), moved
+    assert_same(jax.device_get(program(W)), jax.device_get(jlar.grams(*arrays()[:2]).w))
+    stack = jax.device_put(arrays()[1], NamedSharding(mesh, P("d", None, "t")))
+    got = jax.jit(jax.vmap(lambda A: jlar.grams(A, A).x))(stack)
+    assert_same(
+        jax.device_get(got), jax.device_get(jnp.einsum("bti,btj->bij", *(arrays()[1],) * 2))
+    )
+
+
+def test_grams_leave_the_model_as_it_was_split():
+    """What XLA has no order for is not split to suit them."""
+    W, X = placed(mesh_of(AxisType.Auto), "tokens")[:2]
+
+    def hidden(W, X, measured):
+        H = jax.nn.relu(X @ W.T)
+        return H, jlar.principal_dimension(H) if measured else None
+
+    compiled = {
+        measured: jax.jit(partial(hidden, measured=measured)).lower(W, X).compile()
+        for measured in (False, True)
+    }
+    alone, beside = (compiled[measured].output_shardings[0] for measured in (False, True))
+    assert alone.spec == beside.spec == P("data")
 
 
 @pytest.mark.parametrize("split", SPLITS)
