@@ -1,10 +1,11 @@
 """The decoder of the grokking experiments: it reads [x, op, y, =] and answers at the last position.
 
 Attention is causal, so the first two positions, the `prompt`, depend on x alone and are carried
-once per element. The last two, the `question`, differ for each pair only after the first attention.
-Of the last block no more than keys and values is needed ahead of the last position. All this saves
-more than half of the work and changes the numbers by rounding only. The positions of all pairs are
-rows of one matrix, first position first, so that products, slices and joins are of whole matrices.
+once per element. The last two, the `question`, differ for each pair only after the first attention,
+whose keys, values and scores are those of a few hundred tokens, each at its place. Of the last
+block no more than keys and values is needed ahead of the last position. All this saves more than
+half of the work and changes the numbers by rounding only. The positions of all pairs are rows of
+one matrix, first position first, so that products, slices and joins are of whole matrices.
 """
 
 import itertools
@@ -15,6 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ..config import GrokConfig
+
+Scores = Float[Array, "seen b heads"]
+"""Of one position of b pairs, for each of the first positions up to itself."""
 
 
 class Norm(eqx.Module):
@@ -57,13 +61,33 @@ class Block(eqx.Module):
         self.norms = (Norm(n, layer=self.post), Norm(n, layer=self.post))
         self.heads = config.heads
 
-    def queries(self, x: Float[Array, "tb n"]) -> Float[Array, "tb n"]:
-        """What these positions look for."""
-        return self._read(x) @ self.qkv[: x.shape[-1]].T
-
     def keys_values(self, x: Float[Array, "tb n"]) -> Float[Array, "tb two_n"]:
         """What these positions offer to later ones."""
         return self._read(x) @ self.qkv[x.shape[-1] :].T
+
+    def scores(
+        self, x: Float[Array, "tb n"], keys: Float[Array, "sb n"], t: int = 2
+    ) -> list[Scores]:
+        """How much each of these t positions, the last of s, asks of every position it sees.
+
+        Heads of a few features at four positions would be thousands of tiny products. Multiplying
+        features and summing them per head, by a product with the 0/1 matrix of heads, is faster.
+        """
+        s, members = t * len(keys) // len(x), _members(x.shape[1], self.heads)
+        each, scores = jnp.split(keys, s), []
+        for seen, query in enumerate(jnp.split(self._queries(x), t), s - t + 1):
+            products = jnp.concatenate([query * key for key in each[:seen]])
+            scores.append((products @ members).reshape(seen, -1, self.heads))
+        return scores
+
+    def all_scores(self, x: Float[Array, "a n"], keys: Float[Array, "a n"]) -> Scores:
+        """How much each of these rows asks of each, itself included: (a, a, heads)."""
+        by_head = (len(x), self.heads, -1)
+        queries, keys = self._queries(x).reshape(by_head), keys.reshape(by_head)
+        return jnp.einsum("qhd,khd->qkh", queries, keys)
+
+    def _queries(self, x: Float[Array, "tb n"]) -> Float[Array, "tb n"]:
+        return self._read(x) @ self.qkv[: x.shape[-1]].T
 
     def _read(self, x: Float[Array, "tb n"]) -> Float[Array, "tb n"]:
         return x if self.post else self.norms[0](x)
@@ -71,13 +95,12 @@ class Block(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "tb n"],
-        queries: Float[Array, "tb n"],
-        keys_values: Float[Array, "sb two_n"],
-        t: int = 2,
+        scores: list[Scores],
+        values: Float[Array, "sb n"],
     ) -> Float[Array, "tb n"]:
-        """The residual stream after this block, at the last t of s positions."""
+        """The residual stream after this block."""
         first, second = self.norms
-        x = x + _attention(queries, keys_values, t, self.heads) @ self.out.T
+        x = x + _attention(scores, values) @ self.out.T
         if self.post:
             x = first(x)
             return second(x + jax.nn.relu(x @ self.up) @ self.down.T)
@@ -110,23 +133,29 @@ class Transformer(eqx.Module):
 
     def activations(self, x: Int[Array, " b"], y: Int[Array, " b"]) -> Float[Array, "b n"]:
         """The inputs X of the unembedding, one row per pair."""
-        elements, op, equals = self.embedding[:-2], self.embedding[-2], self.embedding[-1]
-        prompt = _positions(elements + self.positions[0], op + self.positions[1])
-        asked = _positions(elements + self.positions[2], equals + self.positions[3])
-        first, last = self.blocks[0], self.blocks[-1]
-        question, sought, offered = (
-            _of(y, rows) for rows in (asked, first.queries(asked), first.keys_values(asked))
-        )
+        elements, op, equals = self.embedding[:-2], self.embedding[-2:-1], self.embedding[-1:]
+        m, first, last = len(elements), self.blocks[0], self.blocks[-1]
+        standing = zip((elements, op, elements, equals), self.positions, strict=True)
+        tokens = jnp.concatenate([token + position for token, position in standing])
+        keys, values = jnp.split(first.keys_values(tokens), 2, axis=1)
+        scores, every = first.all_scores(tokens, keys), jnp.arange(m)
+        at = jnp.stack([every, jnp.full_like(every, m)])
+        prompt, offered = _rows(tokens, at), _rows(values, at)
+        told = [scores[at[i], at[: i + 1]] for i in (0, 1)]
+        at = jnp.stack([x, jnp.full_like(x, m), m + 1 + y, jnp.full_like(y, 2 * m + 1)])
+        question, seen = _rows(tokens, at[2:]), _rows(values, at)
+        asked = [scores[at[i], at[: i + 1]] for i in (2, 3)]
         for block, following in itertools.pairwise(self.blocks):
-            before = block.keys_values(prompt)
-            question = block(question, sought, jnp.concatenate([_of(x, before), offered]))
-            prompt = block(prompt, block.queries(prompt), before)
-            offered = following.keys_values(question)
+            prompt, question = block(prompt, told, offered), block(question, asked, seen)
+            of_prompt, of_question = map(following.keys_values, (prompt, question))
+            of_pairs = jnp.concatenate([_rows(of_prompt, jnp.stack([x, m + x])), of_question])
+            keys, offered = jnp.split(of_prompt, 2, axis=1)
+            told = following.scores(prompt, keys)
             if following is last:
                 question = question[-len(y) :]  # at `=`
-            sought = following.queries(question)
-        seen = jnp.concatenate([_of(x, last.keys_values(prompt)), offered])
-        answer = last(question[-len(y) :], sought[-len(y) :], seen, t=1)
+            keys, seen = jnp.split(of_pairs, 2, axis=1)
+            asked = following.scores(question, keys, t=len(question) // len(y))
+        answer = last(question[-len(y) :], asked[-1:], seen)
         return answer if self.final is None else self.final(answer)
 
     def __call__(self, x: Int[Array, " b"], y: Int[Array, " b"]) -> Float[Array, "b m"]:
@@ -164,32 +193,21 @@ def _uniform(key: PRNGKeyArray, shape: tuple[int, int], bound: float) -> Float[A
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
-def _positions(a: Float[Array, "b n"], b: Float[Array, " n"]) -> Float[Array, "2b n"]:
-    return jnp.concatenate([a, jnp.broadcast_to(b, a.shape)])
+def _rows(table: Float[Array, "a n"], at: Int[Array, "s b"]) -> Float[Array, "sb n"]:
+    return table[at].reshape(-1, table.shape[1])
 
 
-def _of(elements: Int[Array, " b"], rows: Float[Array, "2m n"]) -> Float[Array, "2b n"]:
-    """Both positions of these elements, out of those of all."""
-    n = rows.shape[1]
-    return rows.reshape(2, -1, n)[:, elements].reshape(-1, n)
+def _members(n: int, heads: int) -> Float[Array, "n heads"]:
+    """1 where the feature belongs to the head."""
+    return jnp.repeat(jnp.eye(heads), n // heads, axis=0)
 
 
-def _attention(
-    queries: Float[Array, "tb n"], keys_values: Float[Array, "sb two_n"], t: int, heads: int
-) -> Float[Array, "tb n"]:
-    """Causal attention of the last t of s positions to all that are not later.
-
-    Heads of a few features at four positions would be thousands of tiny products. Multiplying
-    features and summing them per head, by a product with the 0/1 matrix of heads, is faster.
-    """
-    n, s = queries.shape[1], t * keys_values.shape[0] // queries.shape[0]
-    member = jnp.repeat(jnp.eye(heads), n // heads, axis=0)
-    keys, values = (jnp.split(each, s) for each in jnp.split(keys_values, 2, axis=-1))
-    answers = []
-    for query, seen in zip(jnp.split(queries, t), range(s - t + 1, s + 1), strict=True):
-        scores = jnp.concatenate([query * key for key in keys[:seen]]) @ member
-        scores = scores.reshape(seen, -1, heads)
-        weights = jax.nn.softmax(scores * jnp.float32((n // heads) ** -0.5), axis=0)
-        spread = jnp.split(weights.reshape(-1, heads) @ member.T, seen)
-        answers.append(sum(map(jnp.multiply, spread, values)))
+def _attention(scores: list[Scores], values: Float[Array, "sb n"]) -> Float[Array, "tb n"]:
+    """What each of t positions takes from those that it sees: as many of the first as it scores."""
+    n, (_, b, heads) = values.shape[1], scores[0].shape
+    each_of, members, answers = jnp.split(values, len(values) // b), _members(n, heads), []
+    for score in scores:
+        weights = jax.nn.softmax(score * jnp.float32((n // heads) ** -0.5), axis=0)
+        spread = jnp.split(weights.reshape(-1, heads) @ members.T, len(score))
+        answers.append(sum(map(jnp.multiply, spread, each_of)))
     return jnp.concatenate(answers)
