@@ -2,7 +2,7 @@
 
 Attention is causal, so the first two positions, the `prompt`, depend on x alone and are carried
 once per element. The last two, the `question`, differ for each pair only after the first attention,
-whose keys, values and scores are those of a few hundred tokens, each at its place. Of the last
+whose keys, values and scores are looked up among those of every token at its place. Of the last
 block no more than keys and values is needed ahead of the last position. All this saves more than
 half of the work and changes the numbers by rounding only. The positions of all pairs are rows of
 one matrix, first position first, so that products, slices and joins are of whole matrices.
@@ -80,11 +80,29 @@ class Block(eqx.Module):
             scores.append((products @ members).reshape(seen, -1, self.heads))
         return scores
 
-    def all_scores(self, x: Float[Array, "a n"], keys: Float[Array, "a n"]) -> Scores:
-        """How much each of these rows asks of each, itself included: (a, a, heads)."""
-        by_head = (len(x), self.heads, -1)
-        queries, keys = self._queries(x).reshape(by_head), keys.reshape(by_head)
-        return jnp.einsum("qhd,khd->qkh", queries, keys)
+    def first_scores(
+        self,
+        tokens: Float[Array, "a n"],
+        keys: Float[Array, "a n"],
+        x: Int[Array, " b"],
+        y: Int[Array, " b"],
+    ) -> tuple[list[Scores], list[Scores]]:
+        """The scores of the prompts of all elements, and of these questions, from those of tokens.
+
+        Of the seven scores of a question one needs both x and y: what y asks of x.
+        """
+        m, members = len(tokens) // 2 - 1, _members(tokens.shape[1], self.heads)
+        queries = self._queries(tokens)
+        of_itself, of_op, of_equals = (
+            (asking * keys) @ members for asking in (queries, queries[m], queries[-1])
+        )
+        by_head = (-1, self.heads, tokens.shape[1] // self.heads)
+        of_y = jnp.einsum(
+            "qhd,khd->qkh", queries[m + 1 : -1].reshape(by_head), keys[: m + 1].reshape(by_head)
+        )
+        prompts = [of_itself[None, :m], jnp.stack([of_op[:m], jnp.full_like(of_op[:m], of_op[m])])]
+        to_y = jnp.stack([of_y[y, x], of_y[y, m], of_itself[m + 1 + y]])
+        return prompts, [to_y, of_equals[_places(m, x, y)]]
 
     def _queries(self, x: Float[Array, "tb n"]) -> Float[Array, "tb n"]:
         return self._read(x) @ self.qkv[: x.shape[-1]].T
@@ -138,22 +156,20 @@ class Transformer(eqx.Module):
         standing = zip((elements, op, elements, equals), self.positions, strict=True)
         tokens = jnp.concatenate([token + position for token, position in standing])
         keys, values = jnp.split(first.keys_values(tokens), 2, axis=1)
-        scores, every = first.all_scores(tokens, keys), jnp.arange(m)
-        at = jnp.stack([every, jnp.full_like(every, m)])
-        prompt, offered = _rows(tokens, at), _rows(values, at)
-        told = [scores[at[i], at[: i + 1]] for i in (0, 1)]
-        at = jnp.stack([x, jnp.full_like(x, m), m + 1 + y, jnp.full_like(y, 2 * m + 1)])
-        question, seen = _rows(tokens, at[2:]), _rows(values, at)
-        asked = [scores[at[i], at[: i + 1]] for i in (2, 3)]
+        told, asked = first.first_scores(tokens, keys, x, y)
+        every = jnp.arange(m)
+        of_prompt, of_pairs = _places(m, every, every)[:2], _places(m, x, y)
+        prompt, question = _rows(tokens, of_prompt), _rows(tokens, of_pairs[2:])
+        offered, seen = _rows(values, of_prompt), _rows(values, of_pairs)
         for block, following in itertools.pairwise(self.blocks):
             prompt, question = block(prompt, told, offered), block(question, asked, seen)
-            of_prompt, of_question = map(following.keys_values, (prompt, question))
-            of_pairs = jnp.concatenate([_rows(of_prompt, jnp.stack([x, m + x])), of_question])
-            keys, offered = jnp.split(of_prompt, 2, axis=1)
+            known, new = map(following.keys_values, (prompt, question))
+            keys, offered = jnp.split(known, 2, axis=1)
             told = following.scores(prompt, keys)
+            known = jnp.concatenate([_rows(known, jnp.stack([x, m + x])), new])
+            keys, seen = jnp.split(known, 2, axis=1)
             if following is last:
                 question = question[-len(y) :]  # at `=`
-            keys, seen = jnp.split(of_pairs, 2, axis=1)
             asked = following.scores(question, keys, t=len(question) // len(y))
         answer = last(question[-len(y) :], asked[-1:], seen)
         return answer if self.final is None else self.final(answer)
@@ -191,6 +207,11 @@ MODELS = {"transformer": Transformer, "mlp": OneHotMLP}
 
 def _uniform(key: PRNGKeyArray, shape: tuple[int, int], bound: float) -> Float[Array, "a b"]:
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _places(m: int, x: Int[Array, " b"], y: Int[Array, " b"]) -> Int[Array, "4 b"]:
+    """Where the tokens of these pairs are among all 2m + 2."""
+    return jnp.stack([x, jnp.full_like(x, m), m + 1 + y, jnp.full_like(y, 2 * m + 1)])
 
 
 def _rows(table: Float[Array, "a n"], at: Int[Array, "s b"]) -> Float[Array, "sb n"]:
