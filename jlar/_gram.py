@@ -1,4 +1,7 @@
-"""A^T A on any mesh: what has to move moves in parts, and nothing is gathered."""
+"""A^T A on meshes: what has to move moves in parts.
+
+Nothing is gathered where the split is known, and little where only XLA knows it.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,10 +9,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
-from jax.interpreters import batching, mlir
+from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -28,14 +32,15 @@ def gram(
     """A^T A over all leading axes in dtype `acc`, whole on every device; rows, columns split A.
 
     Where the columns are split, the devices exchange parts of A, at most n x n numbers at a time,
-    until each holds whole rows. Under automatic axes only XLA knows what splits A; the rows are
-    taken to be split over the axes of the mesh in their order, or from the last one on.
+    until each holds whole rows. The same happens under jit with explicit axes. With automatic ones
+    only XLA knows what splits A: its rows are spread over the mesh, and least moves where they were
+    split over the mesh's axes in their order, or in reverse with `last_axis_first`.
     """
     mesh = jax.typeof(A).sharding.mesh
     if columns:
         of_device = _exchanged(A, acc, columns)
     elif mesh.explicit_axes and not mesh.manual_axes:
-        return _explicit(A, acc)
+        return _explicit(A, acc, last_axis_first)
     else:
         of_device = _spread(A, acc, last_axis_first)
     return total(of_device, (*rows, *columns), split)
@@ -48,13 +53,17 @@ def _gram(A: Float[Array, "*t c"], acc: jnp.dtype) -> Float[Array, "c c"]:
     return jnp.tensordot(A, A, (leading, leading), precision=highest, preferred_element_type=acc)
 
 
-def _explicit(A: Float[Array, "*t n"], acc: jnp.dtype) -> Float[Array, "n n"]:
+def _explicit(
+    A: Float[Array, "*t n"], acc: jnp.dtype, last_axis_first: bool
+) -> Float[Array, "n n"]:
     sharding = jax.typeof(A).sharding
     *rows, columns = map(names, sharding.spec)
     rows = sum(rows, ())
     if not rows + columns:
-        return _gram(A, acc)
-    local = partial(gram, acc=acc, split=Split(), rows=rows, columns=columns)
+        return _spread(A, acc, last_axis_first)
+    local = partial(
+        gram, acc=acc, split=Split(), rows=rows, columns=columns, last_axis_first=last_axis_first
+    )
     axes = {*rows, *columns}
     return jax.shard_map(
         local, mesh=sharding.mesh, in_specs=sharding.spec, out_specs=WHOLE, axis_names=axes
@@ -64,11 +73,12 @@ def _explicit(A: Float[Array, "*t n"], acc: jnp.dtype) -> Float[Array, "n n"]:
 def _exchanged(
     A: Float[Array, "*t c"], acc: jnp.dtype, columns: tuple[str, ...]
 ) -> Float[Array, "n n"]:
-    """The part of A^T A of one device, which holds columns of A and then as many whole rows."""
+    """The part of one device in A^T A: its columns of A, exchanged for a share of whole rows."""
     parts, c = size(columns), A.shape[-1]
     A = A.reshape(-1, c)
     n = c * parts
-    blocks = -(-A.shape[0] // (parts * n))  # so that no exchange carries more than n rows of n
+    # So many that no exchange carries more than n rows of n.
+    blocks = max(1, -(-A.shape[0] // (parts * n)))
     per_block = parts * -(-A.shape[0] // (parts * blocks))
     A = jnp.pad(A, [(0, blocks * per_block - A.shape[0]), (0, 0)]).reshape(blocks, per_block, c)
 
@@ -83,22 +93,33 @@ def _spread(A: Float[Array, "*t n"], acc: jnp.dtype, last_axis_first: bool) -> F
     """A^T A, the rows of A spread over the automatic axes of its mesh, if it has one or two.
 
     Left alone, XLA gathers an A whose columns are split, and multiplies all of a replicated one on
-    every device. With more axes, of the mesh or of tokens, it would gather in order to spread.
+    every device. With more axes, of the mesh or of tokens, it would gather in order to spread; and
+    under vmap it may be the stack that is split.
     """
     mesh = jax.typeof(A).sharding.mesh
     axes = [axis for axis in mesh.auto_axes if mesh.shape[axis] > 1]
     shardy = getattr(jax.config, "jax_use_shardy_partitioner", True)
     if not 1 <= len(axes) <= 2 or not 2 <= A.ndim <= 3 or not shardy:
         return _gram(A, acc)
+    spread = custom_vmap(lambda A: _over(axes[:: -1 if last_axis_first else 1], A, acc))
+    spread.def_vmap(lambda _, __, As: (jax.vmap(partial(_gram, acc=acc))(As), True))
+    return spread(A)
+
+
+def _over(axes: list[str], A: Float[Array, "*t n"], acc: jnp.dtype) -> Float[Array, "n n"]:
+    """A^T A, the rows of A split over these axes of its mesh."""
+    mesh = jax.typeof(A).sharding.mesh
     first, *others, n = A.shape
     even, rest = [], []  # Mesh axes that divide the first axis of A, and those that do not.
-    for axis in reversed(axes) if last_axis_first else axes:
+    for axis in axes:
         parts = math.prod(mesh.shape[a] for a in (*even, axis))
         (rest if first % parts else even).append(axis)
     parts, pieces = (math.prod(mesh.shape[a] for a in over) for over in (even, rest))
     rows = [first // parts, *others]
     longest = rows.index(max(rows))  # The rest splits this axis.
-    blocks = -(-math.prod(rows) // (n * pieces))  # No exchange carries more than n rows of n.
+    # No exchange carries more than n rows of n, unless the shorter axis alone is as long.
+    per_block = max(1, n // max(1, math.prod(rows) // max(1, rows[longest])))
+    blocks = max(1, -(-rows[longest] // (pieces * per_block)))
     per_block = -(-rows[longest] // (pieces * blocks))
     A, at = A.reshape(parts, *rows, n), 1 + longest
     pad = [(0, 0)] * A.ndim
@@ -133,7 +154,6 @@ def _forward(a: Array) -> Array:
 _forward_p = Primitive("propagation_barrier")
 _forward_p.def_impl(lambda a: a)
 _forward_p.def_abstract_eval(lambda a: a)
-batching.defvectorized(_forward_p)
 
 
 @partial(mlir.register_lowering, _forward_p)

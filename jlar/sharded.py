@@ -7,9 +7,9 @@ follows from them; where a spec splits the inputs n, each device also sends its 
 once, at most n x n numbers at a time). The `eigh` of `spectra` and `alignment` runs on every device
 alike, O(n^3): call it every so many steps (`jax.lax.cond`), or take `moments`.
 
-Under plain `jax.jit` the functions of `jlar` itself take sharded arrays as well, and move the same
-where the axes of the mesh are explicit; where they are automatic XLA has the last word. Inside
-`jax.shard_map` they take `axes=`.
+Under plain `jax.jit` the functions of `jlar` itself take sharded arrays as well. Where the axes of
+the mesh are explicit, Grams and what follows from them move the same; the rest, and all of it where
+axes are automatic, is up to XLA in the end. Inside `jax.shard_map` they take `axes=`.
 """
 
 import functools

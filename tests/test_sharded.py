@@ -191,6 +191,8 @@ def test_under_jit_nothing_is_gathered(split, kind, on_one_device):
         ((1000, N), P("model", "data")),
         ((5, 7, N), P(None, None, "model")),
         ((16, 33, N), P("data", None, "model")),
+        ((40, 48, N), P("data", None, "model")),
+        ((0, N), P(None, "model")),
     ],
     ids=str,
 )
@@ -222,6 +224,18 @@ def test_explicit_axes_of_any_number(spec):
     assert_same(
         jax.device_get(got), jax.device_get(jnp.einsum("bti,btj->bij", *(arrays()[1],) * 2))
     )
+    nothing = jax.device_put(jnp.ones((0, N)), NamedSharding(mesh, P("d", "t")))
+    assert jnp.isnan(jlar.lar(W, nothing)) and not jnp.any(jlar.grams(W, nothing).x)
+
+
+@pytest.mark.parametrize("name", [None, "data"])
+def test_stacks_stay_where_they_are(name):
+    """Under vmap the stack may be split; `spmd_axis_name` says so."""
+    stack = jax.device_put(arrays()[1], NamedSharding(mesh_of(AxisType.Auto), P("data")))
+    grams = jax.jit(jax.vmap(lambda A: jlar.grams(A, A).x, spmd_axis_name=name))
+    program = grams.lower(stack).compile()
+    assert not collectives(program)
+    assert_same(jax.device_get(program(stack)), jax.device_get(grams(arrays()[1])))
 
 
 def test_grams_leave_the_model_as_it_was_split():

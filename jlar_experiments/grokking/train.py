@@ -182,10 +182,7 @@ def _in_turn(mesh: jax.sharding.Mesh) -> bool:
 @partial(jax.jit, static_argnums=0)
 def evaluated(mesh: jax.sharding.Mesh, state: State, data: Data) -> tuple[Metrics, jlar.Spectra]:
     """Losses, accuracies, LAR and the spectra of every member."""
-    if mesh.size == 1:
-        return _each(_evaluation, mesh, len(state.epoch))(state.model, data)
-    # Spread by the compiler: jlar's Grams refuse to be inside of shard_map with their auto_axes.
-    return jax.vmap(_evaluation)(state.model, data)
+    return _each(_evaluation, mesh, len(state.epoch))(state.model, data)
 
 
 def _each(function: Callable[..., Any], mesh: jax.sharding.Mesh, members: int) -> Any:
