@@ -56,6 +56,7 @@ def _gram(A: Float[Array, "*t c"], acc: jnp.dtype) -> Float[Array, "c c"]:
 def _explicit(
     A: Float[Array, "*t n"], acc: jnp.dtype, last_axis_first: bool
 ) -> Float[Array, "n n"]:
+    """A^T A by the split that A's type tells."""
     sharding = jax.typeof(A).sharding
     *rows, columns = map(names, sharding.spec)
     rows = sum(rows, ())
