@@ -5,6 +5,8 @@ from . import nn as nn
 from . import probes as probes
 from . import sharded as sharded
 from ._baseline import Baseline as Baseline
+from ._capture import capture as capture
+from ._capture import metrics as metrics
 from ._energies import Energies as Energies
 from ._energies import energies as energies
 from ._energies import lar as lar
@@ -18,6 +20,8 @@ from ._monitor import Thresholds as Thresholds
 from ._ranks import effective_rank as effective_rank
 from ._ranks import principal_dimension as principal_dimension
 from ._ranks import stable_rank as stable_rank
+from ._sites import Sites as Sites
+from ._sites import sites as sites
 from ._spectra import Alignment as Alignment
 from ._spectra import Grams as Grams
 from ._spectra import Spectra as Spectra

@@ -1,0 +1,131 @@
+"""The trace of one call of a function: which arrays are weights, and what they are called."""
+
+import fnmatch
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike, PyTree
+
+from . import _mesh as mesh
+from ._rules import RULES
+from ._walk import DATA, Key, Origin, Walk, evaluate
+
+Where = Callable[[str], bool] | str | Sequence[str] | None
+
+
+class Program:
+    """The jaxpr of `f(*args, **kwargs)`, and the plan of the walk over it."""
+
+    def __init__(
+        self,
+        f: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        measure: Callable[..., PyTree],
+        where: Where,
+        mask: ArrayLike | None,
+        axes: mesh.Axes | None,
+    ):
+        args = (jax.tree.map(_as_jax, args[0]), *args[1:])
+        self.closed, self.structure, self.static = eqx.filter_make_jaxpr(f)(*args, **kwargs)
+        self.inputs = jax.tree.leaves(eqx.filter((args, kwargs), _is_array))
+        leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(args[0], _is_array))
+        self.leaves = {_dotted(path): leaf for path, leaf in leaves}
+        self.paths = list(self.leaves)
+        values = [*self.closed.jaxpr.invars, *self.closed.jaxpr.constvars]
+        splits = [v.aval.manual_axis_type.varying for v in values]
+        origins = [
+            Origin(leaves=frozenset({i})) if is_weight(leaf) else DATA
+            for i, leaf in enumerate(self.leaves.values())
+        ]
+        origins += [DATA] * (len(values) - len(leaves))
+        origins = [o._replace(split=split) for o, split in zip(origins, splits, strict=True)]
+        walk = Walk(
+            paths=self.paths,
+            sizes=[leaf.size for leaf in self.leaves.values()],
+            chosen=_chosen(where, self.paths),
+            measure=measure,
+            mask=None if mask is None else jnp.asarray(mask),
+            axes=axes,
+            rules=RULES,
+            blind=bool(jax.sharding.get_abstract_mesh().manual_axes) and not any(splits),
+        )
+        given = len(self.inputs)
+        self.plan = walk.plan(self.closed.jaxpr, origins[:given], origins[given:])
+
+    def run(self) -> tuple[Any, dict[str, PyTree]]:
+        """What the function returns, and the statistics by name."""
+        names = self.names()
+        if not names:
+            from ._sites import Sites
+
+            raise ValueError(
+                "nothing to measure: no array of the first argument multiplies data. What becomes "
+                f"of each of them:\n{Sites.of(self)}"
+            )
+        outs, seen = evaluate(self.plan, self.closed.jaxpr, self.closed.consts, self.inputs)
+        result = jax.tree.unflatten(jax.tree.structure(self.structure), outs)
+        return eqx.combine(result, self.static), {names[key]: seen[key] for key in names}
+
+    def names(self) -> dict[Key, str]:
+        """A name for each matrix: the path of its leaf, and which part of it.
+
+        Where one leaf is several matrices (a tied one, of which the transposed multiplies as well),
+        the one with the largest product has the plain name.
+        """
+        work: dict[Key, int] = {}
+        for site in self.plan.sites:
+            work[site.key] = work.get(site.key, 0) + site.key.m * math.prod(site.tokens)
+        names: dict[Key, str] = {}
+        for key in sorted(work, key=lambda key: (key.leaf, key.cut, -work[key])):
+            plain = name = self.paths[key.leaf] + key.cut
+            more = 1
+            while name in names.values():
+                name = f"{plain}#{(more := more + 1)}"
+            names[key] = name
+        return names
+
+
+def is_weight(leaf: Any) -> bool:
+    """Whether an array holds numbers to multiply with: random keys are no weights."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return False
+    return not (leaf.dtype == jnp.uint32 and leaf.shape[-1:] == (2,))
+
+
+def _is_array(a: Any) -> bool:
+    return eqx.is_array(a) or isinstance(a, jax.ShapeDtypeStruct)
+
+
+def _as_jax(a: Any) -> Any:
+    return jnp.asarray(a) if isinstance(a, np.ndarray) else a
+
+
+def _dotted(path: tuple[Any, ...]) -> str:
+    """The path as one would write it; the boxes that flax puts around arrays do not count."""
+    while path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator=".") or "weights"
+
+
+def _chosen(where: Where, paths: list[str]) -> frozenset[int]:
+    """The leaves whose paths `where` accepts."""
+    if where is None:
+        return frozenset(range(len(paths)))
+    if callable(where):
+        chosen = [i for i, path in enumerate(paths) if where(path)]
+    else:
+        patterns = [where] if isinstance(where, str) else list(where)
+        chosen = [i for i, p in enumerate(paths) if any(fnmatch.fnmatch(p, a) for a in patterns)]
+    if not chosen:
+        shown = ", ".join(map(repr, paths[:8])) + (", ..." if len(paths) > 8 else "")
+        raise ValueError(
+            f"where={where!r} accepts none of the {len(paths)} paths of the first argument: "
+            f"{shown}. It takes a predicate on a path, or patterns such as '*.kernel'."
+        )
+    return frozenset(chosen)
