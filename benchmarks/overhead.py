@@ -4,15 +4,13 @@
         [--width 512] [--vocabulary 32000] [--batch 8] [--length 512] [--bf16 0] [--compile-only 1]
 
 A decoder of scanned, rematerialised blocks with AdamW, three times: without LAR, with the energies
-of the unembedding as an auxiliary output of the loss, and with `jlar.value_and_grad` on every
-matrix. Compared: FLOPs and temporary memory as compiled, and time, the three sides in turn. Steps
+of the unembedding, and with those of every matrix, both by `jlar.capture`. Compared: FLOPs and temporary memory as compiled, and time, the three sides in turn. Steps
 on a machine that others share differ by more than 2%, so the claim is judged by kernels: the
 compiled steps have the same ones but for those that LAR adds (which is checked of the products),
 and these are what the profiler says they take, over all kernels of the plain step. Where kernels
 run side by side each takes longer, so one core (`taskset -c 0`) is where this is exact.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import _bench as bench
@@ -69,56 +67,41 @@ class Decoder(eqx.Module):
     embedding: Float[Array, "v n"]
     blocks: Block
     head: eqx.nn.Linear
-    policy: Callable[..., Any] = eqx.field(static=True)
 
-    def __init__(self, args: Any, policy: Callable[..., Any], key: PRNGKeyArray):
+    def __init__(self, args: Any, key: PRNGKeyArray):
         dtype, keys = jnp.bfloat16 if args.bf16 else jnp.float32, jax.random.split(key, 3)
         self.embedding = jax.random.normal(keys[0], (args.vocabulary, args.width), dtype)
         make = eqx.filter_vmap(lambda key: Block(args.width, dtype, key))
         self.blocks = make(jax.random.split(keys[1], args.layers))
         self.head = eqx.nn.Linear(args.width, args.vocabulary, False, dtype=dtype, key=keys[2])
-        self.policy = policy
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t n"]:
         rows, static = eqx.partition(self.blocks, eqx.is_array)
-        layer = jax.checkpoint(lambda x, row: eqx.combine(row, static)(x), policy=self.policy)
+        layer = jax.checkpoint(lambda x, row: eqx.combine(row, static)(x))
         x, _ = jax.lax.scan(lambda x, row: (layer(x, row), None), self.embedding[tokens], rows)
         return rms_norm(x)
 
 
-def mean_loss(logits: Float[Array, "b t v"], tokens: Int[Array, "b t+1"]) -> Float[Array, ""]:
+def loss(model: Decoder, tokens: Int[Array, "b t+1"]) -> Float[Array, ""]:
     """Next-token cross-entropy."""
-    logits = logits.astype(jnp.float32)
+    logits = linear(model.head, model(tokens[:, :-1])).astype(jnp.float32)
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
 def plain(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
     """(loss, nothing), gradients."""
-
-    def loss(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
-        return mean_loss(linear(model.head, model(tokens[:, :-1])), tokens), None
-
-    return eqx.filter_value_and_grad(loss, has_aux=True)(model, tokens)
+    return eqx.filter_value_and_grad(lambda *args: (loss(*args), {}), has_aux=True)(model, tokens)
 
 
 def unembedding(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
     """(loss, energies of the unembedding), gradients."""
-
-    def loss(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
-        x = model(tokens[:, :-1])
-        logits = linear(model.head, x)
-        return mean_loss(logits, tokens), jlar.energies(model.head.weight, x, Y=logits)
-
-    return eqx.filter_value_and_grad(loss, has_aux=True)(model, tokens)
+    measured = jlar.capture(loss, where="head.weight")
+    return eqx.filter_value_and_grad(measured, has_aux=True)(model, tokens)
 
 
 def every_matrix(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
     """(loss, energies of every matrix), gradients."""
-
-    def loss(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
-        return mean_loss(linear(model.head, model(tokens[:, :-1])), tokens)
-
-    return jlar.value_and_grad(loss)(model, tokens)
+    return eqx.filter_value_and_grad(jlar.capture(loss), has_aux=True)(model, tokens)
 
 
 def extra(kernels: dict[str, bench.Kernels], side: str) -> tuple[float, dict[str, float]]:
@@ -143,27 +126,19 @@ def main() -> None:
     """Run the benchmark."""
     defaults = dict(layers=4, width=512, vocabulary=32_000, batch=8, length=512)
     args = bench.options(__doc__ or "", **defaults, profiles=3, bf16=0, compile_only=0)
-    nothing = jax.checkpoint_policies.nothing_saveable
-    sides = {
-        "plain": (plain, nothing),
-        "unembedding": (unembedding, nothing),
-        "every_matrix": (every_matrix, jlar.probes.save_statistics()),
-    }
+    sides = {"plain": plain, "unembedding": unembedding, "every_matrix": every_matrix}
     shape = args.batch, args.length + 1
     tokens = jax.random.randint(jax.random.key(1), shape, 0, args.vocabulary)
     optimiser = optax.adamw(1e-3)
     programs, calls, costs = {}, {}, {}
-    for name, (gradient, policy) in sides.items():
-        arrays, static = eqx.partition(Decoder(args, policy, jax.random.key(0)), eqx.is_array)
+    for name, gradient in sides.items():
+        arrays, static = eqx.partition(Decoder(args, jax.random.key(0)), eqx.is_array)
         state = optimiser.init(arrays)
 
         def step(arrays: Any, state: Any, gradient: Any = gradient, static: Any = static) -> Any:
             value, grads = gradient(eqx.combine(arrays, static), tokens)
             updates, state = optimiser.update(eqx.filter(grads, eqx.is_array), state, arrays)
-            lars = jax.tree.map(
-                lambda e: e.lar, value[1], is_leaf=lambda e: isinstance(e, jlar.Energies)
-            )
-            return optax.apply_updates(arrays, updates), state, value[0], lars
+            return optax.apply_updates(arrays, updates), state, value[0], jlar.metrics(value[1])
 
         programs[name], costs[name] = bench.compiled(step, arrays, state)
         program = programs[name]

@@ -2,7 +2,6 @@
 
 from . import losses as losses
 from . import nn as nn
-from . import probes as probes
 from . import sharded as sharded
 from ._baseline import Baseline as Baseline
 from ._capture import capture as capture
@@ -30,8 +29,6 @@ from ._spectra import alignment as alignment
 from ._spectra import grams as grams
 from ._spectra import spectra as spectra
 from ._spectra import top_overlap as top_overlap
-from ._transform import evaluate as evaluate
-from ._transform import value_and_grad as value_and_grad
 from ._update import UpdateAlignment as UpdateAlignment
 from ._update import update_alignment as update_alignment
 

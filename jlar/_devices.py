@@ -25,6 +25,9 @@ class Parts(NamedTuple):
     """The axes that split the stacked matrices."""
 
 
+NOT_SPLIT = Parts(Split(), ())
+
+
 def after(eqn: Any, origins: list[Any]) -> list[Any]:
     """The origins of the results of an equation, with the mesh axes that split them."""
     name = eqn.primitive.name
@@ -44,15 +47,17 @@ def parts(
     path: str,
     W: frozenset[str],
     X: frozenset[str],
-    stacked: bool,
-    eqn: Any,
-    later: Sequence[Any],
+    product: Any,
+    eqns: Sequence[Any],
+    i: int,
 ) -> tuple[Parts, Any]:
     """What splits a product of W and X that are split over these axes, and the value that is Y.
 
     An axis that splits W alone splits its outputs, one that splits X alone its tokens. Of one that
     splits both only `axes` can tell whether it splits the inputs of both or a stack of matrices.
     """
+    if not (W or X):
+        return NOT_SPLIT, eqns[i].outvars[0]
     said = {key: set(mesh.names(entry)) for key, entry in (axes or {}).items()}
     both = W & X
     n, rows = both & said.get("n", set()), both & said.get("stack", set())
@@ -62,14 +67,15 @@ def parts(
             f'write axes={{"n": ...}} if they split its inputs, or axes={{"stack": ...}} if they '
             "split a stack of matrices (experts), or leave it out with where=."
         )
-    if rows and not stacked:
+    if rows and not product.stack:
         raise ValueError(
             f"axes says that {sorted(rows)} split a stack of matrices, but the product with "
             f'{path!r} has none: write {{"n": ...}}, or leave it out with where=.'
         )
     order = lambda names: tuple(sorted(names))  # noqa: E731
     split = Split(t=order(X - W), m=order(W - X), n=order(n), columns=order(n))
-    Y, summed = _whole(eqn, later, n, path) if n else (eqn.outvars[0], frozenset())
+    eqn = eqns[i]
+    Y, summed = _whole(eqn, eqns[i + 1 :], n, path) if n else (eqn.outvars[0], frozenset())
     return Parts(split, (*split.t, *split.m, *order(summed)), order(rows)), Y
 
 

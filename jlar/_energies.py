@@ -27,18 +27,10 @@ class Energies(Pool):
         0.5024 0.5024 64
     """
 
-    y: Float[Array, "*stack"]
-    """Sum of squares of Y = X W^T over the kept tokens."""
-    x: Float[Array, "*stack"]
-    """Sum of squares of X over the kept tokens."""
-    w: Float[Array, "*stack"]
-    """Sum of squares of W, once per call."""
-    calls: Float[Array, "*stack"]
-    """How many calls were pooled; w / calls is the sum of squares of W."""
-    kept: Float[Array, "*stack 2"]
-    """Tokens kept by the mask (read `count`)."""
-    total: Float[Array, "*stack 2"]
-    """Tokens seen, kept or not (see `keep_rate`)."""
+    squares: Float[Array, "*stack 3"]
+    """Sums of squares of Y = X W^T and of X over the kept tokens, and of W once per call."""
+    counts: Float[Array, "*stack 5"]
+    """Calls, then kept and all tokens (read `calls`, `count`, `keep_rate`)."""
     n: int = eqx.field(static=True)
     """Input width, the base of the logarithm."""
 
@@ -46,8 +38,22 @@ class Energies(Pool):
     def zeros(cls, n: int, stack: tuple[int, ...] = (), dtype=jnp.float32) -> "Energies":
         """No tokens of a width-n layer: what a scan starts to accumulate from."""
         check.check_width(n, "the argument n")
-        zero, limbs = jnp.zeros(stack, dtype), jnp.zeros((*stack, 2), dtype)
-        return cls(y=zero, x=zero, w=zero, calls=zero, kept=limbs, total=limbs, n=n)
+        return cls(jnp.zeros((*stack, 3), dtype), jnp.zeros((*stack, 5), dtype), n)
+
+    @property
+    def y(self) -> Float[Array, "*stack"]:
+        """Sum of squares of Y = X W^T over the kept tokens."""
+        return self.squares[..., 0]
+
+    @property
+    def x(self) -> Float[Array, "*stack"]:
+        """Sum of squares of X over the kept tokens."""
+        return self.squares[..., 1]
+
+    @property
+    def w(self) -> Float[Array, "*stack"]:
+        """Sum of squares of W, once per call; w / calls is that of W."""
+        return self.squares[..., 2]
 
     @property
     def lar(self) -> Float[Array, "*stack"]:
@@ -110,16 +116,12 @@ def sums(
 ) -> Energies:
     """Sums over all devices, of W and X in any layout with masked tokens zero, and of their y."""
     acc = check.accumulator(W, X, y)
-    kept, seen = counts(keep, tokens, acc, split)
-    return Energies(
-        y=mesh.total(y.astype(acc), split.t + split.outputs, split),
-        x=mesh.total(energy(X, acc), split.t + split.columns, split),
-        w=mesh.total(energy(W, acc), split.m + split.n, split),
-        calls=jnp.ones((), acc),
-        kept=kept,
-        total=seen,
-        n=n,
+    squares = (
+        mesh.total(y.astype(acc), split.t + split.outputs, split),
+        mesh.total(energy(X, acc), split.t + split.columns, split),
+        mesh.total(energy(W, acc), split.m + split.n, split),
     )
+    return Energies(jnp.stack(squares), counts(keep, tokens, acc, split), n)
 
 
 def energies(

@@ -10,9 +10,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from . import _mesh as mesh
 
-# A count is held as two floats, high * BASE + low, because statistics have to be floating point to
-# travel as cotangents (jlar.probes) and one float32 stops counting at 2^24. Plain addition, which
-# is what JAX does to cotangents, stays exact for 2^24 / BASE = 16,384 pooled calls and 2^34 tokens.
+# A count is held as two floats, high * BASE + low: it is one of several sums in an array of floats,
+# and a single float32 stops counting at 2^24. Plain addition stays exact for 2^24 / BASE = 16,384
+# pooled calls and 2^34 tokens.
 BASE = 1024
 
 
@@ -29,13 +29,13 @@ def from_limbs(limbs: Float[ArrayLike, "*stack 2"]) -> Int[Array, "*stack"]:
 
 def counts(
     keep: Bool[Array, "*t"] | None, tokens: tuple[int, ...], dtype: jnp.dtype, split: mesh.Split
-) -> tuple[Float[Array, "2"], Float[Array, "2"]]:
-    """(kept, total) tokens of one call on all devices as limbs."""
-    total = jnp.array(divmod(math.prod(tokens) * mesh.size(split.t), BASE), dtype)
+) -> Float[Array, "5"]:
+    """What `Pool.counts` holds of one call: the call, and its tokens on all devices."""
+    total = divmod(math.prod(tokens) * mesh.size(split.t), BASE)
     if keep is None:
-        return total, total
-    kept = to_limbs(jnp.sum(keep, dtype=jnp.int32), dtype)
-    return mesh.total(kept, split.t, split), total
+        return jnp.array((1, *total, *total), dtype)
+    kept = mesh.total(to_limbs(jnp.sum(keep, dtype=jnp.int32), dtype), split.t, split)
+    return jnp.concatenate([jnp.ones(1, dtype), kept, jnp.array(total, dtype)])
 
 
 P = TypeVar("P", bound="Pool")  # typing.Self has no meaning to run-time checkers outside the class
@@ -48,20 +48,25 @@ class Pool(eqx.Module):
     pools over a mesh, and zeros are the neutral element.
     """
 
-    calls: eqx.AbstractVar[Float[Array, "*stack"]]
-    kept: eqx.AbstractVar[Float[Array, "*stack 2"]]
-    total: eqx.AbstractVar[Float[Array, "*stack 2"]]
+    counts: eqx.AbstractVar[Float[Array, "*stack 5"]]
+    """Calls, then kept and all tokens as limbs."""
+
+    @property
+    def calls(self) -> Float[Array, "*stack"]:
+        """How many calls were pooled."""
+        return self.counts[..., 0]
 
     @property
     def count(self) -> Int[Array, "*stack"]:
         """Tokens kept by the mask, int32: exact up to 2^31 - 1."""
-        return from_limbs(self.kept)
+        return from_limbs(self.counts[..., 1:3])
 
     @property
     def keep_rate(self) -> Float[Array, "*stack"]:
         """Kept tokens over all tokens, in [0, 1]; nan where nothing was seen."""
-        scale = jnp.array([BASE, 1], self.kept.dtype)
-        return jnp.sum(self.kept * scale, -1) / jnp.sum(self.total * scale, -1)
+        scale = jnp.array([BASE, 1], self.counts.dtype)
+        kept, total = self.counts[..., 1:3], self.counts[..., 3:]
+        return jnp.sum(kept * scale, -1) / jnp.sum(total * scale, -1)
 
     def __add__(self: P, other: P) -> P:
         if jax.tree.structure(self) != jax.tree.structure(other):
@@ -80,10 +85,11 @@ class Pool(eqx.Module):
     def sum(self: P, axis: int | tuple[int, ...] = 0) -> P:
         """Pool over the leading axes that vmap or scan stacked (axis counts from the front)."""
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
-        if not all(0 <= a < self.calls.ndim for a in axes):
+        stacked = self.calls.ndim
+        if not all(0 <= a < stacked for a in axes):
             raise ValueError(
-                f"axis must name stacked axes, from 0 to {self.calls.ndim - 1} here; got {axis}."
-                if self.calls.ndim
+                f"axis must name stacked axes, from 0 to {stacked - 1} here; got {axis}."
+                if stacked
                 else "nothing to sum: these statistics have no stacked axis (one call, one matrix)."
             )
         return jax.tree.map(lambda leaf: jnp.sum(leaf, axes), self)

@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,29 +18,29 @@ from ._pool import counts, to_limbs
 from ._spectra import grams, second_moments
 
 Axes = tuple[int, ...]
+Shape = tuple[int, ...]
+Squares = tuple[Float[Array, "*stack"], Float[Array, "*stack"], Float[Array, "*stack"]]
 
 
-class Squares(NamedTuple):
-    """Sums of squares and counts of one call, one entry per stacked matrix."""
+@dataclass(frozen=True)
+class Product:
+    """Y = X W^T, once or for a stack of matrices."""
 
-    y: Float[Array, "*stack"]
-    x: Float[Array, "*stack"]
-    w: Float[Array, "*stack"]
-    kept: Float[Array, "*stack 2"]
-    total: Float[Array, "*stack 2"]
+    n: int
+    m: int
+    tokens: Shape
+    stack: Shape
 
-
-class Matrices(NamedTuple):
-    """What `measure` sees, and which of the operands have an axis for the stacked matrices."""
-
-    W: Float[Array, "..."]
-    X: Float[Array, "..."]
-    Y: Float[Array, "..."]
-    keep: Bool[Array, "..."] | None
-    stacked: tuple[bool, bool, bool, bool]
+    def counts(
+        self, split: mesh.Split, keep: Array | None, acc: Any, *_: Array
+    ) -> Float[Array, "*stack 5"]:
+        """What `Pool.counts` holds of it."""
+        of_one = counts(keep, self.tokens, acc, split)
+        return jnp.broadcast_to(of_one, (*self.stack, *of_one.shape))
 
 
-class Dot(NamedTuple):
+@dataclass(frozen=True)
+class Dot(Product):
     """A `dot_general`: contracted axes are inputs, free ones outputs (of W) or tokens (of X)."""
 
     W: tuple[Axes, Axes, Axes]
@@ -48,148 +49,124 @@ class Dot(NamedTuple):
     """The axes of X that are stacked, tokens and inputs."""
     Y: tuple[Axes, Axes, Axes]
     """The axes of Y that are stacked, tokens and outputs."""
-    n: int
-    m: int
-    tokens: tuple[int, ...]
-    stack: tuple[int, ...]
 
     def squares(self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array) -> Squares:
-        """Sums over the axes where they are: nothing is transposed or merged."""
+        """Those of Y, X and W, over their axes as they lie: nothing is transposed or merged."""
         if keep is not None:
-            X = _masked(X, keep, self.X[1])
-            Y = _masked(Y, keep, self.Y[1])
-        sums = (_over(a, axes[0], acc) for a, axes in ((Y, self.Y), (X, self.X), (W, self.W)))
-        kept, total = counts(keep, self.tokens, acc, mesh.Split())
-        limbs = (jnp.broadcast_to(a, (*self.stack, 2)) for a in (kept, total))
-        return Squares(*sums, *limbs)
+            X, Y = _masked(X, keep, self.X[1]), _masked(Y, keep, self.Y[1])
+        return _over(Y, self.Y[0], acc), _over(X, self.X[0], acc), _over(W, self.W[0], acc)
 
-    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Matrices:
-        """W (stack, m, n), X (stack, *tokens, n) and Y (stack, *tokens, m)."""
+    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Any:
+        """W (stack, m, n), X (stack, *tokens, n), Y (stack, *tokens, m) and what is stacked."""
         W = jnp.transpose(W, sum(self.W, ())).reshape(*self.stack, self.m, self.n)
         X = jnp.transpose(X, sum(self.X, ())).reshape(*self.stack, *self.tokens, self.n)
         Y = jnp.transpose(Y, sum(self.Y, ())).reshape(*self.stack, *self.tokens, self.m)
-        return Matrices(W, X, Y, keep, (True, True, True, False))
+        return (W, X, Y, keep), (0, 0, 0, None)
 
 
-def dot(params: dict[str, Any], shapes: list[tuple[int, ...]], left: bool) -> Dot:
+def dot(params: dict[str, Any], shapes: list[Shape], left: bool) -> Dot:
     """The product of operands of these shapes, of which the left or the right one is the weight."""
     contracted, batch = params["dimension_numbers"]
-    free = [
-        tuple(d for d in range(len(shapes[i])) if d not in (*contracted[i], *batch[i]))
-        for i in (0, 1)
-    ]
-    axes = [(tuple(batch[i]), free[i], tuple(contracted[i])) for i in (0, 1)]
+    axes = []
+    for shape, inner, stacked in zip(shapes, contracted, batch, strict=True):
+        free = tuple(d for d in range(len(shape)) if d not in (*inner, *stacked))
+        axes.append((tuple(stacked), free, tuple(inner)))
     # Y has the stacked axes first, then the free ones of the left and of the right operand.
-    ends = len(batch[0]), len(batch[0]) + len(free[0]), sum(map(len, (batch[0], *free)))
-    of_Y = [tuple(range(a, b)) for a, b in zip((0, *ends), ends, strict=False)]
+    ends = (
+        len(batch[0]),
+        len(batch[0]) + len(axes[0][1]),
+        sum(len(a) for a in (*axes[0][:2], axes[1][1])),
+    )
+    of_Y = [tuple(range(start, end)) for start, end in zip((0, *ends), ends, strict=False)]
     w, x = (0, 1) if left else (1, 0)
-    size = [[shapes[i][d] for d in axes[i][k]] for i, k in ((w, 0), (w, 1), (w, 2), (x, 1))]
+    stack, outputs, inputs = (tuple(shapes[w][d] for d in group) for group in axes[w])
     return Dot(
+        n=math.prod(inputs),
+        m=math.prod(outputs),
+        tokens=tuple(shapes[x][d] for d in axes[x][1]),
+        stack=stack,
         W=axes[w],
         X=axes[x],
         Y=(of_Y[0], of_Y[1 + x], of_Y[1 + w]),
-        n=math.prod(size[2]),
-        m=math.prod(size[1]),
-        tokens=tuple(size[3]),
-        stack=tuple(size[0]),
     )
 
 
-class Conv(NamedTuple):
+@dataclass(frozen=True)
+class Conv(Product):
     """A convolution: the product of a kernel with the patches of X; groups are stacked."""
 
-    params: dict[str, Any]
-    n: int
-    m: int
-    tokens: tuple[int, ...]
-    stack: tuple[int, ...]
+    geometry: tuple[tuple[str, Any], ...]
+    groups: int
 
     def _parts(self, W: Array, Y: Array) -> tuple[Array, Array]:
-        """W as (groups, m, channels, *kernel) and Y as (groups, *tokens, m)."""
-        numbers = self.params["dimension_numbers"]
+        """W as (groups, m, n) and Y as (groups, *tokens, m)."""
+        numbers = dict(self.geometry)["dimension_numbers"]
         W, Y = jnp.transpose(W, numbers.rhs_spec), jnp.transpose(Y, numbers.out_spec)
-        groups = self.params["feature_group_count"]
-        Y = jnp.moveaxis(Y.reshape(Y.shape[0], groups, self.m, *Y.shape[2:]), (1, 2), (0, -1))
-        return W.reshape(groups, self.m, *W.shape[1:]), Y
+        return W.reshape(self.groups, self.m, self.n), self._by_group(Y, self.m)
+
+    def _by_group(self, a: Array, features: int) -> Array:
+        a = a.reshape(a.shape[0], self.groups, features, *a.shape[2:])
+        return jnp.moveaxis(a, (1, 2), (0, -1))
 
     def squares(self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array) -> Squares:
-        """The squares of all patches: a convolution of the squares of X with a kernel of ones."""
-        numbers, groups = self.params["dimension_numbers"], self.params["feature_group_count"]
-        shape = list(W.shape)
-        shape[numbers.rhs_spec[0]] = groups
+        """The squares of all patches are a convolution of those of X with a kernel of ones."""
+        numbers, shape = dict(self.geometry)["dimension_numbers"], list(W.shape)
+        shape[numbers.rhs_spec[0]] = self.groups
         patches = jax.lax.conv_general_dilated(
             jnp.square(X.astype(acc)),
             jnp.ones(shape, acc),
-            **_geometry(self.params),
-            feature_group_count=groups,
+            **dict(self.geometry),
+            feature_group_count=self.groups,
             precision=jax.lax.Precision.HIGHEST,
         )
+        patches = self._by_group(jnp.transpose(patches, numbers.out_spec), 1)[..., 0]
         W, Y = self._parts(W, Y)
-        patches = jnp.moveaxis(jnp.transpose(patches, numbers.out_spec), 1, 0)
         if keep is not None:
             patches, Y = (jax.vmap(check.zero_masked, (0, None))(a, keep) for a in (patches, Y))
-        kept, total = counts(keep, self.tokens, acc, mesh.Split())
-        limbs = [jnp.broadcast_to(a, (*self.stack, 2)) for a in (kept, total)]
         x = jnp.sum(patches, axis=tuple(range(1, patches.ndim)))
         y, w = (_over(a, (0,), acc) for a in (Y, W))
-        return Squares(*(a.reshape(self.stack) for a in (y, x, w)), *limbs)
+        return y.reshape(self.stack), x.reshape(self.stack), w.reshape(self.stack)
 
-    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Matrices:
-        """X as patches (groups, *tokens, channels x kernel)."""
-        numbers, groups = self.params["dimension_numbers"], self.params["feature_group_count"]
+    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Any:
+        """As of `Dot`, with X as patches."""
+        numbers = dict(self.geometry)["dimension_numbers"]
         patches = jax.lax.conv_general_dilated_patches(
             X,
             [W.shape[d] for d in numbers.rhs_spec[2:]],
-            **_geometry(self.params),
+            **dict(self.geometry),
             precision=jax.lax.Precision.HIGHEST,
         )
+        patches = self._by_group(jnp.transpose(patches, numbers.out_spec), self.n)
         W, Y = self._parts(W, Y)
-        patches = jnp.transpose(patches, numbers.out_spec)
-        patches = patches.reshape(patches.shape[0], groups, self.n, *patches.shape[2:])
-        patches = jnp.moveaxis(patches, (1, 2), (0, -1))
-        W = W.reshape(groups, self.m, self.n)
         if not self.stack:
             W, patches, Y = W[0], patches[0], Y[0]
-        return Matrices(W, patches, Y, keep, (True, True, True, False))
+        return (W, patches, Y, keep), (0, 0, 0, None)
 
 
-def conv(params: dict[str, Any], shapes: list[tuple[int, ...]], left: bool) -> Conv | str:
+def conv(params: dict[str, Any], shapes: list[Shape], left: bool) -> Conv | str:
     """The product with patches of the left operand, or why it is none."""
     if left:
         return "the input of a convolution, not its kernel"
     if params["batch_group_count"] != 1:
         return "a convolution whose batch is grouped (batch_group_count)"
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    kernel = [shapes[1][d] for d in numbers.rhs_spec]
-    convolve = partial(
-        jax.lax.conv_general_dilated, **_geometry(params), feature_group_count=groups
-    )
-    operands = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
-    tokens = jax.eval_shape(convolve, *operands).shape
-    tokens = tuple(tokens[d] for d in numbers.out_spec)
-    return Conv(
-        params=params,
-        n=math.prod(kernel[1:]),
-        m=kernel[0] // groups,
-        tokens=(tokens[0], *tokens[2:]),
-        stack=(groups,) if groups > 1 else (),
-    )
-
-
-def _geometry(params: dict[str, Any]) -> dict[str, Any]:
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
-    return {name: params[name] for name in names}
+    geometry = tuple((name, params[name]) for name in names)
+    convolve = partial(jax.lax.conv_general_dilated, **dict(geometry), feature_group_count=groups)
+    result = jax.eval_shape(convolve, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
+    outputs, *inputs = (shapes[1][d] for d in numbers.rhs_spec)
+    batch, _, *positions = (result.shape[d] for d in numbers.out_spec)
+    stack = (groups,) if groups > 1 else ()
+    tokens = (batch, *positions)
+    return Conv(math.prod(inputs), outputs // groups, tokens, stack, geometry, groups)
 
 
-class Ragged(NamedTuple):
+@dataclass(frozen=True)
+class Ragged(Product):
     """A `ragged_dot`: consecutive tokens belong to one of several stacked matrices (experts)."""
 
     transposed: bool
     """Whether W is stored (groups, n, m)."""
-    n: int
-    m: int
-    tokens: tuple[int, ...]
-    stack: tuple[int, ...]
 
     def _group(self, sizes: Array) -> Array:
         """The group of each token; one past the last for tokens of none."""
@@ -197,41 +174,48 @@ class Ragged(NamedTuple):
         token = jnp.arange(self.tokens[0], dtype=ends.dtype)
         return jnp.searchsorted(ends, token, side="right").astype(jnp.int32)
 
+    def _per_group(self, per_token: Array, sizes: Array) -> Array:
+        return jax.ops.segment_sum(per_token, self._group(sizes), self.stack[0])
+
+    def counts(
+        self, split: mesh.Split, keep: Array | None, acc: Any, *sizes: Array
+    ) -> Float[Array, "*stack 5"]:
+        """Each group has its own tokens."""
+        one = jnp.ones(self.tokens, jnp.int32)
+        tokens = (one if keep is None else keep * one), one
+        limbs = (to_limbs(self._per_group(each, *sizes), acc) for each in tokens)
+        limbs = (mesh.total(each, split.t, split) for each in limbs)
+        return jnp.concatenate([jnp.ones((*self.stack, 1), acc), *limbs], axis=-1)
+
     def squares(
         self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array, sizes: Array
     ) -> Squares:
         """X and Y are read once: sums per token, then per group."""
-        group = self._group(sizes)
-        add = lambda a: jax.ops.segment_sum(a, group, self.stack[0])  # noqa: E731
         X, Y = (check.zero_masked(a, keep) for a in (X, Y))
-        y, x = (add(jnp.sum(jnp.square(a.astype(acc)), axis=-1)) for a in (Y, X))
-        one = jnp.ones(self.tokens, jnp.int32)
-        kept, total = (to_limbs(add(a), acc) for a in (one if keep is None else keep * one, one))
-        return Squares(y, x, _over(W, (0,), acc), kept, total)
+        y, x = (jnp.sum(jnp.square(a.astype(acc)), axis=-1) for a in (Y, X))
+        return self._per_group(y, sizes), self._per_group(x, sizes), _over(W, (0,), acc)
 
-    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array, sizes: Array) -> Matrices:
+    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array, sizes: Array) -> Any:
         """One W per group, all of X and Y, and the mask of the group's tokens."""
-        mine = self._group(sizes) == jnp.arange(self.stack[0])[:, None]
-        keep = mine if keep is None else mine & keep
+        mine = self._group(sizes) == jnp.arange(self.stack[0], dtype=jnp.int32)[:, None]
         W = jnp.swapaxes(W, 1, 2) if self.transposed else W
-        return Matrices(W, X, Y, keep, (True, False, False, True))
+        return (W, X, Y, mine if keep is None else mine & keep), (0, None, None, 0)
 
 
-def ragged(params: dict[str, Any], shapes: list[tuple[int, ...]], left: bool) -> Ragged | str:
+def ragged(params: dict[str, Any], shapes: list[Shape], left: bool) -> Ragged | str:
     """The grouped product of X (t, n) and W (groups, n, m), or why it is none."""
     numbers = params["ragged_dot_dimension_numbers"]
-    (lhs, rhs), (lhs_batch, _) = numbers.dot_dimension_numbers
-    plain = tuple(lhs) == (1,) and not lhs_batch and tuple(numbers.lhs_ragged_dimensions) == (0,)
+    (lhs, rhs), (batch, _) = numbers.dot_dimension_numbers
+    plain = tuple(lhs) == (1,) and not batch and tuple(numbers.lhs_ragged_dimensions) == (0,)
     if left or not plain or tuple(numbers.rhs_group_dimensions) != (0,):
         return "a ragged product other than X (tokens, n) with W (groups, n, m)"
     transposed = tuple(rhs) == (1,)
-    groups, a, b = shapes[1]
-    n, m = (a, b) if transposed else (b, a)
-    return Ragged(transposed, n, m, (shapes[0][0],), (groups,))
+    groups, *sides = shapes[1]
+    n, m = sides if transposed else sides[::-1]
+    return Ragged(n, m, shapes[0][:1], (groups,), transposed)
 
 
-Product = Dot | Conv | Ragged
-PRODUCTS: dict[str, Callable[[dict[str, Any], list[tuple[int, ...]], bool], Product | str]] = {
+PRODUCTS: dict[str, Callable[[dict[str, Any], list[Shape], bool], Any]] = {
     "dot_general": dot,
     "conv_general_dilated": conv,
     "ragged_dot_general": ragged,
@@ -240,44 +224,32 @@ PRODUCTS: dict[str, Callable[[dict[str, Any], list[tuple[int, ...]], bool], Prod
 
 def statistics(
     measure: Callable[..., PyTree],
-    product: Product,
+    product: Any,
     parts: Parts,
     keep: Array | None,
-    *operands: Array,
+    *operands: Any,
 ) -> PyTree:
-    """`measure` of this product's W, X, Y (and group sizes); no gradient, sums over all devices."""
-    W, X, Y, *sizes = jax.lax.stop_gradient(operands)
-    split = parts.split
+    """`measure` of a product's W, X, Y (and group sizes); no gradient, sums over all devices."""
+    W, X, Y, *sizes = jax.lax.stop_gradient(tuple(map(jnp.asarray, operands)))
+    split, acc = parts.split, check.accumulator(W, X, Y)
     if measure is energies:
-        acc = check.accumulator(W, X, Y)
-        s = product.squares(keep, acc, W, X, Y, *sizes)
-        limbs = (mesh.total(a, split.t, split) for a in (s.kept, s.total))
-        return Energies(
-            y=mesh.total(s.y, parts.y, split),
-            x=mesh.total(s.x, split.t + split.columns, split),
-            w=mesh.total(s.w, split.m + split.n, split),
-            calls=jnp.ones(product.stack, acc),
-            kept=next(limbs),
-            total=next(limbs),
-            n=product.n * mesh.size(split.n),
-        )
-    seen = product.matrices(keep, W, X, Y, *sizes)
+        axes = parts.y, split.t + split.columns, split.m + split.n
+        squares = zip(product.squares(keep, acc, W, X, Y, *sizes), axes, strict=True)
+        totals = [mesh.total(a, over, split) for a, over in squares]
+        seen = product.counts(split, keep, acc, *sizes)
+        return Energies(jnp.stack(totals, -1), seen, product.n * mesh.size(split.n))
+    matrices, stacked = product.matrices(keep, W, X, Y, *sizes)
 
     def one(W: Array, X: Array, Y: Array, keep: Array | None) -> PyTree:
         if measure is grams:
             return second_moments(W, X, keep, split)
         X, Y = X.reshape(-1, X.shape[-1]), Y.reshape(-1, Y.shape[-1])
-        return measure(W, X, Y, None if keep is None else keep.reshape(-1))
+        sums = measure(W, X, Y, None if keep is None else keep.reshape(-1))
+        return jax.tree.map(lambda a: mesh.total(jnp.asarray(a), split.t, split), sums)
 
     for _ in product.stack:
-        axes = tuple(
-            0 if s and a is not None else None for a, s in zip(seen[:4], seen.stacked, strict=True)
-        )
-        one = jax.vmap(one, axes)
-    result = one(*seen[:4])
-    if measure is grams:
-        return result
-    return jax.tree.map(lambda a: mesh.total(jnp.asarray(a), split.t, split), result)
+        one = jax.vmap(one, stacked)
+    return one(*matrices)
 
 
 def _over(a: Array, stacked: Axes, acc: Any) -> Float[Array, "*stack"]:

@@ -9,11 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from . import _mesh as mesh
+from ._origin import DATA, Origin
 from ._rules import RULES
-from ._walk import DATA, Key, Origin, Walk, evaluate
+from ._walk import Key, Walk, evaluate
 
 Where = Callable[[str], bool] | str | Sequence[str] | None
 
@@ -50,7 +51,7 @@ class Program:
             sizes=[leaf.size for leaf in self.leaves.values()],
             chosen=_chosen(where, self.paths),
             measure=measure,
-            mask=None if mask is None else jnp.asarray(mask),
+            mask=None if mask is None else _booleans(mask),
             axes=axes,
             rules=RULES,
             blind=bool(jax.sharding.get_abstract_mesh().manual_axes) and not any(splits),
@@ -68,7 +69,7 @@ class Program:
                 "nothing to measure: no array of the first argument multiplies data. What becomes "
                 f"of each of them:\n{Sites.of(self)}"
             )
-        outs, seen = evaluate(self.plan, self.closed.jaxpr, self.closed.consts, self.inputs)
+        outs, seen = evaluate(self.plan, self.closed.consts, self.inputs)
         result = jax.tree.unflatten(jax.tree.structure(self.structure), outs)
         return eqx.combine(result, self.static), {names[key]: seen[key] for key in names}
 
@@ -96,6 +97,11 @@ def is_weight(leaf: Any) -> bool:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return False
     return not (leaf.dtype == jnp.uint32 and leaf.shape[-1:] == (2,))
+
+
+def _booleans(mask: ArrayLike) -> Array:
+    mask = jnp.asarray(mask)
+    return mask != jnp.zeros((), mask.dtype)
 
 
 def _is_array(a: Any) -> bool:

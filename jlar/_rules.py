@@ -8,13 +8,13 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array
 
 from . import _devices as devices
 from . import _mesh as mesh
-from ._walk import Key, Origin, Part, Plan, Site, Statistics, Step, Walk, evaluate, pooled
+from ._origin import Origin
+from ._walk import Key, Part, Plan, Site, Statistics, Step, Walk, evaluate, pooled
 
-Values = Sequence[Array]
+Values = Sequence[Any]
 
 
 def _inlined(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
@@ -23,15 +23,15 @@ def _inlined(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     plan = walk.plan(closed.jaxpr, given)
     placed = partial(map, _placed)
 
-    def run(*args: Array) -> tuple[Values, Statistics]:
+    def run(*args: Any) -> tuple[Values, Statistics]:
         args = placed(args, eqn.params.get("in_shardings", [None] * len(args)))
-        outs, seen = evaluate(plan, closed.jaxpr, closed.consts, list(args))
+        outs, seen = evaluate(plan, closed.consts, list(args))
         return list(placed(outs, eqn.params.get("out_shardings", [None] * len(outs)))), seen
 
     return _part(eqn, plan, run)
 
 
-def _placed(a: Array, place: Any) -> Array:
+def _placed(a: Any, place: Any) -> Any:
     asked = isinstance(place, jax.sharding.Sharding)
     return jax.lax.with_sharding_constraint(a, place) if asked else a
 
@@ -40,7 +40,7 @@ def _remat(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     """A block that is recomputed; its statistics are results of it, so they are not."""
     closed, plan = _closed(eqn), walk.plan(_closed(eqn).jaxpr, given)
     block = jax.checkpoint(
-        lambda *args: evaluate(plan, closed.jaxpr, closed.consts, args),
+        lambda *args: evaluate(plan, closed.consts, args),
         prevent_cse=eqn.params["prevent_cse"],
         policy=eqn.params["policy"],
     )
@@ -56,12 +56,11 @@ def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     closed, walk = _closed(eqn), walk.silent()
     plan = walk.plan(closed.jaxpr, given)
 
-    def run(*args: Array) -> tuple[Values, Statistics]:
-        args = jax.lax.stop_gradient(args)
-        return [], evaluate(plan, closed.jaxpr, closed.consts, args)[1]
+    def run(*args: Any) -> tuple[Values, Statistics]:
+        return [], evaluate(plan, closed.consts, jax.lax.stop_gradient(args))[1]
 
     part = _part(eqn, plan, run, eqn.primitive.name.removesuffix("_call"))
-    return part._replace(step=Step(run, eqn.invars, []), after=eqn.outvars[0])
+    return part._replace(step=Step(run, eqn, eqn.invars, []), after=eqn.outvars[0])
 
 
 def _scan(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
@@ -71,9 +70,9 @@ def _scan(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     plan, origins = _fixed_point(walk, closed.jaxpr, given, k, c, loop)
     rows = {site.key for site in plan.sites if loop in site.loops}
 
-    def run(*args: Array) -> tuple[Values, Statistics]:
-        def once(*inputs: Array) -> tuple[Values, Statistics, Statistics]:
-            outs, seen = evaluate(plan, closed.jaxpr, closed.consts, [*args[:k], *inputs])
+    def run(*args: Any) -> tuple[Values, Statistics]:
+        def once(*inputs: Any) -> tuple[Values, Statistics, Statistics]:
+            outs, seen = evaluate(plan, closed.consts, [*args[:k], *inputs])
             each = {key: seen.pop(key) for key in rows}
             return outs, seen, each
 
@@ -104,7 +103,7 @@ def _scan(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
         return site.inside(what, key=stacked(site.key), loops=loops)
 
     sites = list(map(outside, plan.sites))
-    return Part(origins, sites, plan.notes, Step(run, eqn.invars, eqn.outvars))
+    return Part(origins, sites, plan.notes, Step(run, eqn, eqn.invars, eqn.outvars))
 
 
 def _while(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
@@ -116,15 +115,15 @@ def _while(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     tested = walk.plan(condition.jaxpr, [*given[:k], *origins])
     notes = [(s.key.leaf, "in the condition of a while_loop") for s in tested.sites]
 
-    def run(*args: Array) -> tuple[Values, Statistics]:
-        def once(*carry: Array) -> tuple[Values, Statistics]:
-            return evaluate(plan, body.jaxpr, body.consts, [*args[k:c], *carry])
+    def run(*args: Any) -> tuple[Values, Statistics]:
+        def once(*carry: Any) -> tuple[Values, Statistics]:
+            return evaluate(plan, body.consts, [*args[k:c], *carry])
 
         def step(both: tuple[Statistics, Values]) -> tuple[Statistics, Values]:
             outs, seen = once(*both[1])
             return pooled(both[0], seen), outs
 
-        def go_on(both: tuple[Statistics, Values]) -> Array:
+        def go_on(both: tuple[Statistics, Values]) -> Any:
             return jex.jaxpr_as_fun(condition)(*args[:k], *both[1])[0]
 
         zeros = _zeros(lambda *a: once(*a)[1], body.jaxpr.invars[c - k :])
@@ -132,7 +131,7 @@ def _while(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
         return outs, seen
 
     sites = [s.inside("while, pooled", loops=s.loops - {loop}) for s in plan.sites]
-    return Part(origins, sites, [*plan.notes, *notes], Step(run, eqn.invars, eqn.outvars))
+    return Part(origins, sites, [*plan.notes, *notes], Step(run, eqn, eqn.invars, eqn.outvars))
 
 
 def _fixed_point(
@@ -177,21 +176,21 @@ def _cond(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
         notes += [(s.key.leaf, "inside jax.lax.platform_dependent") for s in sites]
         sites = []
 
-    def run(index: Array, *args: Array) -> tuple[Values, Statistics]:
-        def branch(i: int, *args: Array) -> tuple[Values, Statistics]:
-            return evaluate(plans[i], branches[i].jaxpr, branches[i].consts, args)
+    def run(index: Any, *args: Any) -> tuple[Values, Statistics]:
+        def branch(i: int, *args: Any) -> tuple[Values, Statistics]:
+            return evaluate(plans[i], branches[i].consts, args)
 
         zeros: Statistics = {}
         for i, each in enumerate(branches):
             zeros |= _zeros(lambda *a, i=i: branch(i, *a)[1], each.jaxpr.invars)
 
-        def full(i: int, *args: Array) -> tuple[Values, Statistics]:
+        def full(i: int, *args: Any) -> tuple[Values, Statistics]:
             outs, seen = branch(i, *args)
             return outs, {**zeros, **seen}
 
         return jax.lax.switch(index, [partial(full, i) for i in range(len(branches))], *args)
 
-    return Part(origins, sites, notes, Step(run, eqn.invars, eqn.outvars))
+    return Part(origins, sites, notes, Step(run, eqn, eqn.invars, eqn.outvars))
 
 
 def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
@@ -204,8 +203,8 @@ def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     ]
     plan = walk.plan(closed.jaxpr, inside)
 
-    def local(*args: Array) -> tuple[Values, Statistics]:
-        outs, seen = evaluate(plan, closed.jaxpr, closed.consts, args)
+    def local(*args: Any) -> tuple[Values, Statistics]:
+        outs, seen = evaluate(plan, closed.consts, args)
         return outs, jax.tree.map(devices.whole, seen)
 
     run = jax.shard_map(
@@ -222,7 +221,7 @@ def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
 
 def _part(eqn: Any, plan: Plan, run: Any, what: str = "") -> Part:
     sites = [site.inside(what) for site in plan.sites] if what else plan.sites
-    return Part(plan.origins, sites, plan.notes, Step(run, eqn.invars, eqn.outvars))
+    return Part(plan.origins, sites, plan.notes, Step(run, eqn, eqn.invars, eqn.outvars))
 
 
 def _closed(eqn: Any) -> jex.ClosedJaxpr:

@@ -79,36 +79,29 @@ class Grams(Pool):
     """
 
     w: Float[Array, "*stack n n"]
-    """W^T W, once per call."""
+    """W^T W, once per call; w / calls is W^T W."""
     x: Float[Array, "*stack n n"]
     """X^T X over the kept tokens."""
-    calls: Float[Array, "*stack"]
-    """How many calls were pooled; w / calls is W^T W."""
-    kept: Float[Array, "*stack 2"]
-    """Tokens kept by the mask (read `count`)."""
-    total: Float[Array, "*stack 2"]
-    """Tokens seen, kept or not (see `keep_rate`)."""
+    counts: Float[Array, "*stack 5"]
+    """Calls, then kept and all tokens (read `calls`, `count`, `keep_rate`)."""
 
     @classmethod
     def zeros(cls, n: int, stack: tuple[int, ...] = (), dtype=jnp.float32) -> "Grams":
         """No tokens of a width-n layer: what a scan starts to accumulate from."""
         check.check_width(n, "the argument n")
-        gram, limbs = jnp.zeros((*stack, n, n), dtype), jnp.zeros((*stack, 2), dtype)
-        return cls(w=gram, x=gram, calls=jnp.zeros(stack, dtype), kept=limbs, total=limbs)
+        w, x = (jnp.zeros((*stack, n, n), dtype) for _ in range(2))
+        return cls(w, x, jnp.zeros((*stack, 5), dtype))
 
     @property
     def energies(self) -> Energies:
         r"""The same calls as sums of squares: $\|XW^T\|^2 = \langle W^T W, X^T X \rangle$."""
         w = self.w / self.calls[..., None, None]
-        return Energies(
-            y=jnp.sum(w * self.x, axis=(-2, -1)),
-            x=jnp.trace(self.x, axis1=-2, axis2=-1),
-            w=jnp.trace(self.w, axis1=-2, axis2=-1),
-            calls=self.calls,
-            kept=self.kept,
-            total=self.total,
-            n=self.x.shape[-1],
+        squares = (
+            jnp.sum(w * self.x, axis=(-2, -1)),
+            jnp.trace(self.x, axis1=-2, axis2=-1),
+            jnp.trace(self.w, axis1=-2, axis2=-1),
         )
+        return Energies(jnp.stack(squares, -1), self.counts, self.x.shape[-1])
 
     @property
     def lar(self) -> Float[Array, "*stack"]:
@@ -171,8 +164,7 @@ def second_moments(W: ArrayLike, X: ArrayLike, mask: ArrayLike | None, split: me
     acc = check.accumulator(W, X)
     w = gram(check.native(W, acc), acc, split, split.m, split.n, last_axis_first=True)
     x = gram(check.native(X, acc), acc, split, split.t, split.columns)
-    kept, total = counts(keep, X.shape[:-1], acc, split)
-    return Grams(w=w, x=x, calls=jnp.ones((), acc), kept=kept, total=total)
+    return Grams(w, x, counts(keep, X.shape[:-1], acc, split))
 
 
 def spectra(

@@ -3,7 +3,7 @@
     python hosts.py PROCESSES ID PORT STEPS
 
 It writes one line per step: "step", its number, loss, LAR of the unembedding, and LAR of every
-Linear. To stderr and at once, since Gloo talks on stdout and in pieces.
+matrix. To stderr and at once, since Gloo talks on stdout and in pieces.
 """
 
 import sys
@@ -46,9 +46,10 @@ def main(processes: int, number: int, port: int, steps: int) -> None:
 
     @eqx.filter_jit
     def step(model, x, labels):
-        (loss, e, lars), grads = jlar.value_and_grad(loss_fn, has_aux=True)(model, x, labels)
+        loss = jlar.capture(loss_fn, has_aux=True)
+        (value, (e, lars)), grads = eqx.filter_value_and_grad(loss, has_aux=True)(model, x, labels)
         model = eqx.apply_updates(model, jax.tree.map(lambda g: -0.1 * g, grads))
-        return model, (loss, e.lar, *(each.lar for each in lars.values()))
+        return model, (value, e.lar, *(each.lar for each in lars.values()))
 
     for number in range(steps):
         x = held(rng.normal(size=(64, 16)).astype(np.float32), data)

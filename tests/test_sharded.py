@@ -76,14 +76,11 @@ def statistics(W, X, Y, labels):
 
 
 def gradients(W, X, Y, labels):
-    """What is differentiated on meshes, probes included."""
+    """What is differentiated on meshes."""
 
     def token_losses(W, X):
         losses = jlar.losses.cross_entropy(W, X, labels, chunk=50, reduction="none")[0]
         return jnp.sum(jnp.square(losses))
-
-    def tapped(W, probe):
-        return jnp.sum(jnp.square(jlar.probes.tap(probe, W, X, Y, mask=labels >= 0)))
 
     return {
         "lar": jax.grad(lambda W, X: jlar.lar(W, X), argnums=(0, 1))(W, X),
@@ -91,7 +88,6 @@ def gradients(W, X, Y, labels):
             lambda W, X: jlar.losses.cross_entropy(W, X, labels, chunk=50)[0], argnums=(0, 1)
         )(W, X),
         "token losses": jax.grad(token_losses, argnums=(0, 1))(W, X),
-        "tap": jax.grad(tapped, argnums=1)(W, jlar.Energies.zeros(N)),
     }
 
 
@@ -391,87 +387,6 @@ def test_vocabulary_parallel_loss(reduction):
     assert not any(name == "all-gather" for name, _ in moved), moved
 
 
-def test_probes_of_a_data_parallel_model():
-    model = eqx.nn.MLP(N, 4, 32, depth=2, key=jax.random.key(3))
-    X = arrays()[1].reshape(-1, N)
-
-    def loss(model, X):
-        return jnp.mean(jnp.square(jax.vmap(model)(X)))
-
-    wanted = jlar.value_and_grad(loss)(model, X)
-
-    def local(model, X):
-        parts = jlar.value_and_grad(
-            lambda model, X: jax.lax.pmean(loss(model, X), ("data", "model")),
-            axes={"t": ("data", "model")},
-        )
-        return parts(model, X)
-
-    weights, static = eqx.partition(model, eqx.is_array)
-    local_weights = lambda w, X: eqx.filter(local(eqx.combine(w, static), X), eqx.is_array)  # noqa: E731
-    (loss_, lars), gradients = on_mesh(local_weights, (P(), P(("data", "model"))))(weights, X)
-    assert_same((loss_, gradients), (wanted[0][0], eqx.filter(wanted[1], eqx.is_array)))
-    assert_same(readings(lars), readings(wanted[0][1]))
-
-    def forward(w, X):
-        call = jlar.evaluate(lambda m, X: jax.vmap(m)(X), axes={"t": ("data", "model")})
-        return call(eqx.combine(w, static), X)[1]
-
-    lars = on_mesh(forward, (P(), P(("data", "model"))))(weights, X)
-    assert_same(readings(lars), readings(wanted[0][1]))
-
-
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_probes_of_sharded_layers_under_jit(kind):
-    mesh, X = mesh_of(kind), arrays()[1].reshape(-1, N)
-    layer = eqx.nn.Linear(N, M, key=jax.random.key(3))
-
-    @eqx.filter_jit
-    def measured(layer, X, step):
-        loss_fn = lambda layer, X: jnp.mean(jnp.square(jax.vmap(layer)(X)))  # noqa: E731
-        return jlar.value_and_grad(loss_fn, every=2)(layer, X, step=step)
-
-    (loss, lars), _ = measured(layer, X, jnp.int32(4))
-    weight = jax.device_put(layer.weight, NamedSharding(mesh, P("model", None)))
-    layer = eqx.tree_at(lambda layer: layer.weight, layer, weight)
-    X = jax.device_put(X, NamedSharding(mesh, P("data", None)))
-    (loss_, lars_), _ = measured(layer, X, jnp.int32(4))
-    assert_same(jax.device_get((loss_, readings(lars_))), (loss, readings(lars)))
-
-
-def readings(lars):
-    """What is the same however many devices share the calls."""
-    return {path: (e.lar, e.y, e.x, e.count, e.keep_rate) for path, e in lars.items()}
-
-
-def test_taps_of_a_tensor_parallel_block():
-    """Outputs split, then inputs split: the second layer's Y is summed before it is tapped."""
-    W, X, _ = arrays()
-    V = jax.random.normal(jax.random.key(4), (N, M)) / 8
-    probes = (jlar.Energies.zeros(N), jlar.Energies.zeros(M))
-
-    def block(weights, probes, X, sum_up, up, down):
-        W, V = weights
-        h = jax.nn.relu(jlar.probes.tap(probes[0], W, X, X @ W.T, axes=up))
-        y = jlar.probes.tap(probes[1], V, h, sum_up(h @ V.T), axes=down)
-        return jnp.sum(jnp.square(y))
-
-    gradient = jax.grad(block, argnums=(0, 1))
-    wanted = gradient((W, V), probes, X, lambda y: y, None, None)
-    up, down = {"t": "data", "m": "model"}, {"t": "data", "n": "model"}
-
-    def local(W, V, X):
-        def whole(weights, probes):
-            sum_up = lambda y: jax.lax.psum(y, "model")  # noqa: E731
-            return jax.lax.psum(block(weights, probes, X, sum_up, up, down), "data")
-
-        return jax.grad(whole, argnums=(0, 1))((W, V), probes)
-
-    specs = (P("model"), P(None, "model"), P("data"))
-    got = on_mesh(local, specs, ((specs[0], specs[1]), P()))(W, V, X)
-    assert_same(jax.device_get(got), wanted)
-
-
 def test_weights_gathered_for_use():
     """FSDP by hand: JAX believes the gathered W to vary over the axis; the energies do not."""
     W, X, _ = arrays()
@@ -538,9 +453,6 @@ def test_more_misuse_inside_shard_map(unchecked):
         with pytest.raises(ValueError, match=split):
             loss = partial(jlar.losses.cross_entropy, axes=AXES)
             on_mesh(loss, (*specs, P("data")))(W, X, labels)
-        with pytest.raises(ValueError, match=split):
-            tap = partial(jlar.probes.tap, jlar.Energies.zeros(N), axes=AXES)
-            on_mesh(lambda W, X, tap=tap: tap(W, X, X @ W.T), specs, P("data", None, "model"))(W, X)
     unaware = jax.shard_map(
         partial(jlar.losses.cross_entropy, axes=AXES),
         mesh=mesh_of(AxisType.Auto),

@@ -1,7 +1,7 @@
 """A Gemma-2 style decoder: scanned blocks, half-precision products of float32 masters.
 
 Weights are outputs x inputs and the blocks' are stacked over layers, (layers, m, n). Norms stand
-before and after each sub-block. Every product passes `tap`, so every matrix can be measured.
+before and after each sub-block.
 """
 
 from typing import Any
@@ -12,14 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlar import Energies
-from jlar.probes import save_statistics, tap
-
 from .config import PretrainConfig
 
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 ROPE_BASE = 10_000.0
-Probes = dict[str, Energies]
 
 
 class Block(eqx.Module):
@@ -44,15 +40,11 @@ class Block(eqx.Module):
         self.gains = jnp.ones((4, n))
         self.heads, self.cap = config.heads, config.attention_cap
 
-    def __call__(
-        self, x: Float[Array, "b t n"], probes: Probes | None, platform: str
-    ) -> Float[Array, "b t n"]:
+    def __call__(self, x: Float[Array, "b t n"], platform: str) -> Float[Array, "b t n"]:
         """The residual stream after this block."""
 
         def product(name: str, x: Array) -> Array:
-            W = getattr(self, name).astype(x.dtype)
-            Y = linear(W, x, platform)
-            return Y if probes is None else tap(probes[name], W, x, Y)
+            return linear(getattr(self, name).astype(x.dtype), x, platform)
 
         h = rms_norm(x, self.gains[0])
         q, k, v = (self._heads(product(name, h)) for name in "qkv")
@@ -94,10 +86,7 @@ class Decoder(eqx.Module):
         return W.astype(self.dtype)
 
     def hidden(
-        self,
-        tokens: Int[Array, "b t"],
-        probes: Probes | None = None,
-        place: NamedSharding | None = None,
+        self, tokens: Int[Array, "b t"], place: NamedSharding | None = None
     ) -> Float[Array, "b t n"]:
         """X, what the unembedding multiplies; `place` is where its parts live on a mesh."""
         n = self.gain.size
@@ -105,20 +94,14 @@ class Decoder(eqx.Module):
         x = self.embedding[tokens].astype(self.dtype) * jnp.asarray(n**0.5, self.dtype)
         rows, static = eqx.partition(self.blocks, eqx.is_array)
 
-        def layer(x: Array, row: tuple[Any, Probes | None]) -> tuple[Array, None]:
+        def layer(x: Array, row: Any) -> tuple[Array, None]:
             # Else XLA may take the layout of the weights, whose width is split over "data".
             x = x if place is None else jax.lax.with_sharding_constraint(x, place)
-            return eqx.combine(row[0], static)(x, row[1], platform), None
+            return eqx.combine(row, static)(x, platform), None
 
-        x, _ = jax.lax.scan(_remat(layer, self.remat), x, (rows, probes), unroll=self.unroll)
+        x, _ = jax.lax.scan(_remat(layer, self.remat), x, rows, unroll=self.unroll)
         x = x if place is None else jax.lax.with_sharding_constraint(x, place)
         return rms_norm(x, self.gain)
-
-
-def probes(config: PretrainConfig) -> Probes:
-    """What `Decoder.hidden` takes so that the gradient holds the energies of every layer."""
-    inputs = {name: config.hidden if name == "down" else config.width for name in MATRICES}
-    return {name: Energies.zeros(n, (config.layers,)) for name, n in inputs.items()}
 
 
 def linear(
@@ -181,9 +164,7 @@ def _remat(layer: Any, remat: str) -> Any:
         return layer
     dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     # Inside a scan nothing can be merged across the recomputation: no barrier is needed.
-    return jax.checkpoint(
-        layer, policy=save_statistics(dots if remat == "dots" else None), prevent_cse=False
-    )
+    return jax.checkpoint(layer, policy=dots if remat == "dots" else None, prevent_cse=False)
 
 
 def _normal(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "m n"]:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 import jlar
 
 from .config import PretrainConfig
-from .model import Decoder, Probes, probes
+from .model import Decoder
 from .optimisers import optimiser
 from .sharding import BATCH, HIDDEN, abstract, shardings
 
@@ -64,11 +64,10 @@ def losses(
     config: PretrainConfig,
     model: Decoder,
     tokens: Batch,
-    probes: Probes | None = None,
     place: NamedSharding | None = None,
 ) -> tuple[Float[Array, ""], tuple[jlar.Energies, Float[Array, "b t n"]]]:
     """Mean cross-entropy of the next token; the unembedding's energies and its inputs X."""
-    X, labels, W = model.hidden(tokens[:, :-1], probes, place), tokens[:, 1:], model.head
+    X, labels, W = model.hidden(tokens[:, :-1], place), tokens[:, 1:], model.head
     cap = config.final_cap
     if config.loss == "fused":
         loss, energies = jlar.losses.cross_entropy(W, X, labels, soft_cap=cap or None)
@@ -121,8 +120,17 @@ class Program:
         """`inspection(model, batch)` -> `Inspection` of this model on this batch."""
         return jax.jit(self._inspection)
 
-    def _losses(self, model: Decoder, tokens: Batch, probes: Probes | None = None) -> Any:
-        return losses(self.config, model, tokens, probes, self._hidden_place)
+    def _losses(self, model: Decoder, tokens: Batch) -> Any:
+        return losses(self.config, model, tokens, self._hidden_place)
+
+    def _every_matrix(
+        self, model: Decoder, tokens: Batch
+    ) -> tuple[Float[Array, ""], tuple[dict[str, jlar.Energies], Float[Array, "b t n"]]]:
+        """The loss, the energies of every matrix, and the inputs of the unembedding."""
+        call = jlar.capture(self._losses, has_aux=True, where="blocks.*")
+        loss, ((unembedding, X), blocks) = call(model, tokens)
+        named = {path.removeprefix("blocks."): each for path, each in blocks.items()}
+        return loss, ({"unembedding": unembedding, **named}, X)
 
     def _initial(self, seed: int | Int[Array, ""]) -> State:
         model = Decoder(self.config, jax.random.key(seed))
@@ -130,15 +138,14 @@ class Program:
         return State(jnp.zeros((), jnp.int32), model, self._optimiser.init(model), monitor)
 
     def _step(self, state: State, batch: Batch) -> tuple[State, Metrics]:
-        every = self.config.lar == "every"
+        def loss(model: Decoder) -> tuple[Array, dict[str, jlar.Energies]]:
+            if self.config.lar == "every":
+                value, (measured, _) = self._every_matrix(model, batch)
+                return value, measured
+            value, (energies, _) = self._losses(model, batch)
+            return value, {} if self.config.lar == "off" else {"unembedding": energies}
 
-        def loss(both: tuple[Decoder, Probes | None]) -> tuple[Array, jlar.Energies]:
-            value, (energies, _) = self._losses(both[0], batch, both[1])
-            return value, energies
-
-        inputs = (state.model, probes(self.config) if every else None)
-        (value, energies), (gradient, lars) = jax.value_and_grad(loss, has_aux=True)(inputs)
-        measured = {} if self.config.lar == "off" else {"unembedding": energies, **(lars or {})}
+        (value, measured), gradient = jax.value_and_grad(loss, has_aux=True)(state.model)
         with jax.numpy_dtype_promotion("standard"):  # optax takes a float to the power of an int32
             updates, optimiser_state = self._optimiser.update(
                 gradient, state.optimiser, state.model
@@ -151,13 +158,8 @@ class Program:
         return new, Metrics(state.step, value, norm, measured, ratios, kept)
 
     def _inspection(self, model: Decoder, batch: Batch) -> Inspection:
-        def forward(probes: Probes) -> tuple[Array, Any]:
-            return self._losses(model, batch, probes)
-
-        # The statistics do not depend on the cotangent: what would propagate it is dead code.
-        loss, pull, (energies, X) = jax.vjp(forward, probes(self.config), has_aux=True)
-        (measured,) = pull(jnp.zeros_like(loss))
-        lars = {name: each.lar for name, each in {"unembedding": energies, **measured}.items()}
+        _, (measured, X) = self._every_matrix(model, batch)
+        lars = {name: each.lar for name, each in measured.items()}
         spectra = jlar.grams(model.head, X).spectra()
         roots = jnp.sqrt(spectra.p)
         statistics = {

@@ -1,0 +1,93 @@
+"""What a value in a program is made of: weights, data, or numbers written in the program."""
+
+import itertools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+
+class Origin(NamedTuple):
+    """What a value is made of: a weight has leaves and is not data."""
+
+    leaves: frozenset[int] = frozenset()
+    """The weights it comes from; of data none is kept."""
+    data: bool = False
+    """Whether it comes from anything else than weights and numbers written in the program."""
+    cut: str = ""
+    """The part of the leaf it is, as an index: `[0:64]`."""
+    layout: str = ""
+    """The transpositions since then, to be named if another cut follows."""
+    loops: frozenset[int] = frozenset()
+    """The scans in which it is another weight in each iteration."""
+    split: frozenset[str] = frozenset()
+    """The mesh axes along which the devices of a shard_map hold different parts of it."""
+
+
+DATA = Origin(data=True)
+NUMBER = Origin()
+
+
+def of_literal(literal: Any) -> Origin:
+    """A number written in the program belongs to it; an array is what the function closes over."""
+    return DATA if jnp.ndim(literal.val) else NUMBER
+
+
+def why(eqn: Any) -> str:
+    """What becomes of a weight that meets data in an equation that is no product."""
+    name = eqn.primitive.name
+    return _REASONS.get(name, f"meets data in {name!r}, which is no product")
+
+
+_REASONS = {
+    **dict.fromkeys(("gather", "dynamic_slice"), "looked up by data (an embedding)"),
+    **dict.fromkeys(("mul", "div"), "multiplies data entry by entry (a gain)"),
+    **dict.fromkeys(("add", "sub", "add_any"), "added to data (a bias)"),
+    "pallas_call": "inside a Pallas kernel",
+    **dict.fromkeys(("ffi_call", "custom_call"), "inside an FFI kernel"),
+}
+
+
+def made_by(eqn: Any, origin: Origin) -> list[Origin]:
+    """The origins of the results of an equation on weights: what it cuts out of a leaf."""
+    name, params = eqn.primitive.name, eqn.params
+    shape = eqn.invars[0].aval.shape if eqn.invars else ()
+    if name == "transpose":
+        layout = ".T" if len(shape) == 2 else f".transpose{tuple(params['permutation'])}"
+        # Twice transposed is not transposed.
+        layout = "" if origin.layout == ".T" == layout else origin.layout + layout
+        return [origin._replace(layout=layout)]
+    if name == "reshape":
+        return [origin._replace(layout=f"{origin.layout}.reshape{tuple(params['new_sizes'])}")]
+    if name == "slice":
+        strides = params["strides"] or (1,) * len(shape)
+        ends = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+        bounds = [list(ends)]
+    elif name == "split":
+        ends = itertools.accumulate(map(int, params["sizes"]), initial=0)
+        bounds = [
+            [
+                (a, b, 1) if axis == params["axis"] else (0, size, 1)
+                for axis, size in enumerate(shape)
+            ]
+            for a, b in itertools.pairwise(ends)
+        ]
+    else:
+        return [origin] * len(eqn.outvars)
+    return [_part(origin, shape, each) for each in bounds]
+
+
+def _part(origin: Origin, shape: tuple[int, ...], bounds: list[tuple[int, int, int]]) -> Origin:
+    index = [_index(*bound, size) for bound, size in zip(bounds, shape, strict=True)]
+    while index and index[-1] == ":":
+        index.pop()
+    if not index:
+        return origin
+    return origin._replace(cut=f"{origin.cut}{origin.layout}[{', '.join(index)}]", layout="")
+
+
+def _index(start: int, end: int, stride: int, size: int) -> str:
+    if stride != 1:
+        return f"{start}:{end}:{stride}"
+    if (start, end) == (0, size):
+        return ":"
+    return str(start) if end == start + 1 else f"{start}:{end}"
