@@ -4,11 +4,12 @@
         [--width 512] [--vocabulary 32000] [--batch 8] [--length 512] [--bf16 0] [--compile-only 1]
 
 A decoder of scanned, rematerialised blocks with AdamW, three times: without LAR, with the energies
-of the unembedding, and with those of every matrix, both by `jlar.capture`. Compared: FLOPs and temporary memory as compiled, and time, the three sides in turn. Steps
-on a machine that others share differ by more than 2%, so the claim is judged by kernels: the
-compiled steps have the same ones but for those that LAR adds (which is checked of the products),
-and these are what the profiler says they take, over all kernels of the plain step. Where kernels
-run side by side each takes longer, so one core (`taskset -c 0`) is where this is exact.
+of the unembedding, and with those of every matrix, both by `jlar.capture`. Compared: FLOPs and
+temporary memory as compiled, and time, the three sides in turn. Steps on a machine that others
+share differ by more than 2%, so the claim is judged by kernels: the compiled steps have the same
+ones but for those that LAR adds (which is checked of the products), and these are what the profiler
+says they take, over all kernels of the plain step. Where kernels run side by side each takes
+longer, so one core (`taskset -c 0`) is where this is exact.
 """
 
 from typing import Any

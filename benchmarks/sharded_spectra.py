@@ -8,7 +8,6 @@ tensor and sequence parallelism. p, q and LAR are compared with NumPy in float64
 is not the Grams' is the eigh, which every device does for itself.
 """
 
-import functools
 import re
 
 import _bench as bench
@@ -49,7 +48,7 @@ def main() -> None:
     specs = {"mesh": mesh, "W_spec": P("model"), "X_spec": P("model")}
     programs, costs = {}, {}
     for name in ("grams", "spectra"):
-        function = functools.partial(getattr(jlar.sharded, name), **specs)
+        function = jlar.sharded(getattr(jlar, name), **specs)
         programs[name], costs[name] = bench.compiled(function, W, X)
     text = programs["spectra"].as_text()
     names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"

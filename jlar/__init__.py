@@ -2,7 +2,6 @@
 
 from . import losses as losses
 from . import nn as nn
-from . import sharded as sharded
 from ._baseline import Baseline as Baseline
 from ._capture import capture as capture
 from ._capture import metrics as metrics
@@ -10,25 +9,19 @@ from ._energies import Energies as Energies
 from ._energies import energies as energies
 from ._energies import lar as lar
 from ._lar import effective_dimension as effective_dimension
-from ._lar import participation_ratio as participation_ratio
-from ._moments import Moments as Moments
-from ._moments import moments as moments
 from ._monitor import Monitor as Monitor
 from ._monitor import Signal as Signal
 from ._monitor import Thresholds as Thresholds
-from ._ranks import effective_rank as effective_rank
 from ._ranks import principal_dimension as principal_dimension
-from ._ranks import stable_rank as stable_rank
+from ._sharded import sharded as sharded
 from ._sites import Sites as Sites
 from ._sites import sites as sites
 from ._spectra import Alignment as Alignment
 from ._spectra import Grams as Grams
 from ._spectra import Spectra as Spectra
-from ._spectra import TopOverlap as TopOverlap
 from ._spectra import alignment as alignment
 from ._spectra import grams as grams
 from ._spectra import spectra as spectra
-from ._spectra import top_overlap as top_overlap
 from ._update import UpdateAlignment as UpdateAlignment
 from ._update import update_alignment as update_alignment
 

@@ -126,9 +126,9 @@ def sums(
 
 def energies(
     W: Float[ArrayLike, "m n"],
-    X: Float[ArrayLike, "*t n"],
+    X: Float[ArrayLike, "*t inputs"],
     *,
-    Y: Float[ArrayLike, "*t m"] | None = None,
+    Y: Float[ArrayLike, "*t outputs"] | None = None,
     mask: Shaped[ArrayLike, "*t"] | None = None,
     axes: mesh.Axes | None = None,
 ) -> Energies:
@@ -173,9 +173,9 @@ def energies(
 
 def lar(
     W: Float[ArrayLike, "m n"],
-    X: Float[ArrayLike, "*t n"],
+    X: Float[ArrayLike, "*t inputs"],
     *,
-    Y: Float[ArrayLike, "*t m"] | None = None,
+    Y: Float[ArrayLike, "*t outputs"] | None = None,
     mask: Shaped[ArrayLike, "*t"] | None = None,
     axes: mesh.Axes | None = None,
 ) -> Float[Array, ""]:

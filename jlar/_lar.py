@@ -41,31 +41,3 @@ def effective_dimension(lar: Float[ArrayLike, "*stack"], n: int) -> Float[Array,
     lar = real_array(lar, "lar")
     lar = lar.astype(accumulator(lar))
     return jnp.exp(2 * (1 - lar) * math.log(n))
-
-
-def participation_ratio(p: Float[ArrayLike, "*stack n"]) -> Float[Array, "*stack"]:
-    r"""The number of directions a spectrum is spread over: $(\sum p_i)^2 / \sum p_i^2$.
-
-        1 for a single direction, n for a uniform spectrum; $2^{H_2(p)}$ with the Renyi 2-entropy
-        (appendix B.4 of arXiv 2605.28975: $\sigma_p^2 = (2^{-H_2(p)} - 1/n)/n$). O(n).
-
-        Args:
-            p: non-negative weights over the last axis; any scale.
-
-        Returns:
-            The ratio, in [1, n], at least float32; nan where p is zero or not finite.
-
-        Example:
-            >>> import math
-
-    import jax.numpy as jnp
-            >>> import jlar
-            >>> print(jlar.participation_ratio(jnp.array([0.5, 0.5, 0.0, 0.0])))
-            2.0
-    """
-    p = real_array(p, "p")
-    if p.ndim == 0:
-        raise ValueError("p must have shape (..., n), a spectrum over the last axis; got a scalar.")
-    p = p.astype(accumulator(p))
-    p = p / jnp.sum(p, axis=-1, keepdims=True)
-    return 1 / jnp.sum(jnp.square(p), axis=-1)

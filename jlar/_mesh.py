@@ -8,9 +8,6 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-Axes = Mapping[str, str | tuple[str, ...]]
-"""Mesh axes that split the tokens "t", outputs "m" and inputs "n" of (W, X) inside shard_map."""
-
 WHOLE = PartitionSpec()
 
 
@@ -42,6 +39,10 @@ class Split(NamedTuple):
         return frozenset().union(*self)
 
 
+Axes = Mapping[str, str | tuple[str, ...]] | Split
+"""Mesh axes that split the tokens "t", outputs "m" and inputs "n" of (W, X) inside shard_map."""
+
+
 def names(entry: Any) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
@@ -49,8 +50,8 @@ def names(entry: Any) -> tuple[str, ...]:
 
 def split(axes: Axes | None) -> Split:
     """The axes as tuples, or ValueError. X is taken to be split as W, but not over axes of "t"."""
-    if axes is None:
-        return Split()
+    if axes is None or isinstance(axes, Split):
+        return axes or Split()
     if not isinstance(axes, Mapping) or not set(axes) <= {"t", "m", "n"}:
         raise ValueError(
             'axes must map "t" (tokens), "m" (outputs) and "n" (inputs) to the names of the mesh '

@@ -1,4 +1,4 @@
-"""Soft ranks of a matrix and the principal dimension of activations, which LAR is compared with."""
+"""The principal dimension of activations, which the effective dimension is compared with."""
 
 import math
 
@@ -9,64 +9,6 @@ from jaxtyping import Array, ArrayLike, Float, Shaped
 from . import _checks as check
 from . import _mesh as mesh
 from ._gram import gram
-
-
-def _singular_values(W: Float[ArrayLike, "m n"]) -> Float[Array, "r"]:
-    W = check.real_array(W, "W")
-    if W.ndim != 2 or 0 in W.shape:
-        raise ValueError(f"W must have shape (m, n), neither zero; got shape {W.shape}.")
-    W, poison = check.finite_part(jax.lax.stop_gradient(W.astype(check.accumulator(W))))
-    return mesh.unsharded(lambda W: jnp.linalg.svd(W, compute_uv=False))(W) + poison
-
-
-def stable_rank(W: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
-    r"""$\|W\|_F^2 / \|W\|_2^2 = 1/p_1$, equation (10) of arXiv 2605.28975.
-
-    1 for rank one, min(m, n) for an isometry. O(m n min(m, n)). Gradients stop here.
-
-    Args:
-        W: (m, n), any orientation: W and W.T give the same.
-
-    Returns:
-        A scalar in [1, min(m, n)], at least float32; nan for W = 0 or not finite.
-
-    Raises:
-        ValueError: W is not a non-empty matrix.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import jlar
-        >>> print(jlar.stable_rank(jnp.eye(3)))
-        3.0
-    """
-    s = _singular_values(W)
-    return jnp.sum(jnp.square(s / s[0]))
-
-
-def effective_rank(W: Float[ArrayLike, "m n"]) -> Float[Array, ""]:
-    r"""Exponential of the entropy of the normalised singular values (not their squares).
-
-    $\exp(-\sum_i \bar s_i \ln \bar s_i)$ with $\bar s = s / \sum_j s_j$; Roy and Vetterli
-    (2007), equation (11) of arXiv 2605.28975. 1 for rank one, min(m, n) for an isometry.
-    O(m n min(m, n)). Gradients stop here.
-
-    Args:
-        W: (m, n), any orientation: W and W.T give the same.
-
-    Returns:
-        A scalar in [1, min(m, n)], at least float32; nan for W = 0 or not finite.
-
-    Raises:
-        ValueError: W is not a non-empty matrix.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> import jlar
-        >>> print(f"{jlar.effective_rank(jnp.eye(3)):.2f}")
-        3.00
-    """
-    s = _singular_values(W)
-    return jnp.exp(jnp.sum(jax.scipy.special.entr(s / jnp.sum(s))))
 
 
 def principal_dimension(

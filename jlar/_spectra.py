@@ -46,6 +46,30 @@ class Spectra(eqx.Module):
         return jnp.sqrt(jnp.mean(jnp.square(_centred(self.q)), axis=-1))
 
     @property
+    def participation_p(self) -> Float[Array, "*stack"]:
+        r"""Directions that p is spread over, $1 / \sum_i p_i^2$, from 1 to n; $2^{H_2(p)}$, B.4."""
+        return 1 / jnp.sum(jnp.square(self.p), axis=-1)
+
+    @property
+    def participation_q(self) -> Float[Array, "*stack"]:
+        r"""Directions that q is spread over, $1 / \sum_i q_i^2$, from 1 to n."""
+        return 1 / jnp.sum(jnp.square(self.q), axis=-1)
+
+    @property
+    def stable_rank(self) -> Float[Array, "*stack"]:
+        r"""$\|W\|_F^2 / \|W\|_2^2 = 1/p_1$, equation (10), from 1 to the rank of W."""
+        return 1 / self.p[..., 0]
+
+    @property
+    def effective_rank(self) -> Float[Array, "*stack"]:
+        """Exponential of the entropy of the singular values over their sum, equation (11).
+
+        Where W lacks rank take spectra by method="svd": the roots of rounding errors count here.
+        """
+        s = jnp.sqrt(self.p)
+        return jnp.exp(jnp.sum(jax.scipy.special.entr(s / jnp.sum(s, -1, keepdims=True)), -1))
+
+    @property
     def corr(self) -> Float[Array, "*stack"]:
         """Pearson correlation of p and q, in [-1, 1]; nan where either is constant."""
         return _pearson(self.p, self.q)
@@ -56,6 +80,34 @@ class Spectra(eqx.Module):
         ranks = [jax.scipy.stats.rankdata(a, axis=-1) for a in (self.p, self.q)]
         poisoned = jnp.isnan(jnp.sum(self.p + self.q, axis=-1))  # nan would be given a rank
         return jnp.where(poisoned, jnp.nan, _pearson(*ranks))
+
+    def top(self, k: int | Int[Array, ""]) -> "TopOverlap":
+        r"""Split LAR into the k leading directions and the rest, $LAR = L_k + D_k$.
+
+        $L_k = 1 + \frac12 \log_n \sum_{i \le k} p_i q_i$ is in [-inf, LAR], and D_n = 0. Section 5
+        of the paper finds the signature of overfitting in L_1. O(n).
+
+        Args:
+            k: how many leading directions, 1 to n; may be traced (vmap over several k).
+
+        Raises:
+            ValueError: k is outside 1..n (when it is a Python number).
+        """
+        n = self.p.shape[-1]
+        if isinstance(k, int) and not 1 <= k <= n:
+            raise ValueError(f"k must be from 1 to n = {n}, the number of directions; got {k}.")
+        overlap = jnp.sum(jnp.where(jnp.arange(n) < k, self.p * self.q, 0), axis=-1)
+        L = log_ratio(jnp.log(overlap), n)
+        return TopOverlap(L, self.lar - L)
+
+
+class TopOverlap(NamedTuple):
+    """What `Spectra.top` returns: LAR = L + D."""
+
+    L: Float[Array, "*stack"]
+    """LAR of the k leading directions alone."""
+    D: Float[Array, "*stack"]
+    """What the other directions add, at least 0."""
 
 
 def _centred(a: Float[Array, "*stack n"]) -> Float[Array, "*stack n"]:
@@ -108,6 +160,23 @@ class Grams(Pool):
         """Log-alignment ratio of everything pooled, without logits; nan as `Energies.lar`."""
         return self.energies.lar
 
+    @property
+    def pp(self) -> Float[Array, "*stack"]:
+        r"""$\sum_i p_i^2$, from 1/n (uniform) to 1 (rank one), in O(n^2): no eigh."""
+        return jnp.sum(jnp.square(self._excess), axis=(-2, -1)) + 1 / self.x.shape[-1]
+
+    @property
+    def sigma_p(self) -> Float[Array, "*stack"]:
+        """Population standard deviation of p, in O(n^2): no eigh."""
+        return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(self._excess), axis=-1), axis=-1))
+
+    @property
+    def _excess(self) -> Float[Array, "*stack n n"]:
+        # W^T W of trace one less that of a uniform spectrum, so that small differences stay exact.
+        n = self.w.shape[-1]
+        trace = jnp.trace(self.w, axis1=-2, axis2=-1)[..., None, None]
+        return self.w / trace - jnp.eye(n, dtype=self.w.dtype) / n
+
     def spectra(self) -> Spectra:
         """p and q by one n x n `eigh`, O(n^3). Entries of p below about n eps p_1 are rounding."""
         w, poison = check.finite_part(self.w)
@@ -122,7 +191,7 @@ class Grams(Pool):
 
 def grams(
     W: Float[ArrayLike, "m n"],
-    X: Float[ArrayLike, "*t n"],
+    X: Float[ArrayLike, "*t inputs"],
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
     axes: mesh.Axes | None = None,
@@ -169,10 +238,10 @@ def second_moments(W: ArrayLike, X: ArrayLike, mask: ArrayLike | None, split: me
 
 def spectra(
     W: Float[ArrayLike, "m n"],
-    X: Float[ArrayLike, "*t n"],
+    X: Float[ArrayLike, "*t inputs"],
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
-    method: Literal["svd", "gram"] = "svd",
+    method: Literal["gram", "svd"] = "gram",
     axes: mesh.Axes | None = None,
 ) -> Spectra:
     """The weight spectrum p and the activation spectrum q of inputs X on W's singular directions.
@@ -184,9 +253,10 @@ def spectra(
         W: weights (m, n), outputs x inputs, of any rank.
         X: inputs (..., n), any number of leading token axes.
         mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
-        method: "svd" decomposes W, accurate to rounding over the whole spectrum, O(m n min(m, n)).
-            "gram" is an `eigh` of W^T W, O((m + t) n^2 + n^3), far faster for tall W and the one to
-            use on a mesh, where "svd" gathers W; p_i carries an absolute error of order eps p_1.
+        method: "gram" is an `eigh` of W^T W, O((m + t) n^2 + n^3), far faster for tall W and made
+            for meshes; p_i has an absolute error of order eps p_1. "svd" decomposes W, accurate
+            over the whole spectrum, O(m n min(m, n)), and gathers a sharded W: take it where the
+            tail of p matters, as for the effective rank of a W that lacks rank.
         axes: inside `jax.shard_map`, the mesh axes that split each dimension, as in `jlar.grams`;
             "svd" allows no more than "t".
 
@@ -209,7 +279,7 @@ def spectra(
     if method == "gram":
         return grams(W, X, mask=mask, axes=axes).spectra()
     if method != "svd":
-        raise ValueError(f'method must be "svd" or "gram"; got {method!r}.')
+        raise ValueError(f'method must be "gram" or "svd"; got {method!r}.')
     W, X, _, split = check.operands(W, X, mask, mesh.split(axes))
     if split.m or split.n:
         raise ValueError(
@@ -249,10 +319,10 @@ class Alignment(NamedTuple):
 
 def alignment(
     W: Float[ArrayLike, "m n"],
-    X: Float[ArrayLike, "*t n"],
+    X: Float[ArrayLike, "*t inputs"],
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
-    method: Literal["svd", "gram"] = "svd",
+    method: Literal["gram", "svd"] = "gram",
     axes: mesh.Axes | None = None,
 ) -> Alignment:
     r"""The map (W, X) -> (p, q, LAR): two spectra and the logarithm of their overlap.
@@ -269,43 +339,3 @@ def alignment(
     """
     s = spectra(W, X, mask=mask, method=method, axes=axes)
     return Alignment(s.p, s.q, s.lar)
-
-
-class TopOverlap(NamedTuple):
-    """What `jlar.top_overlap` returns: LAR = L + D."""
-
-    L: Float[Array, "*stack"]
-    """LAR of the k leading directions alone."""
-    D: Float[Array, "*stack"]
-    """What the other directions add, at least 0."""
-
-
-def top_overlap(spectra: Spectra, k: int | Int[Array, ""]) -> TopOverlap:
-    r"""Split LAR into the k leading directions and the rest, $LAR = L_k + D_k$.
-
-    $L_k = 1 + \frac12 \log_n \sum_{i \le k} p_i q_i$; L_n = LAR and D_n = 0. Section 5 of arXiv
-    2605.28975 finds the signature of overfitting in L_1. O(n).
-
-    Args:
-        spectra: p and q, as returned by `jlar.spectra`.
-        k: how many leading directions, 1 to n; may be traced (vmap over several k).
-
-    Returns:
-        (L_k, D_k), L_k in [-inf, LAR].
-
-    Raises:
-        ValueError: k is outside 1..n (when it is a Python number).
-
-    Example:
-        >>> import jax, jlar
-        >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
-        >>> L, D = jlar.top_overlap(jlar.spectra(W, X), k=5)
-        >>> print(f"{L:.3f} + {D:.3f} = {L + D:.3f}")
-        0.346 + 0.157 = 0.502
-    """
-    n = spectra.p.shape[-1]
-    if isinstance(k, int) and not 1 <= k <= n:
-        raise ValueError(f"k must be from 1 to n = {n}, the number of directions; got {k}.")
-    top = jnp.where(jnp.arange(n) < k, spectra.p * spectra.q, 0)
-    L = log_ratio(jnp.log(jnp.sum(top, axis=-1)), n)
-    return TopOverlap(L, spectra.lar - L)

@@ -4,7 +4,6 @@ import math
 import re
 from functools import partial
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,7 +58,7 @@ def placed(mesh, split):
 
 def statistics(W, X, Y, labels):
     """Everything that is to be the same."""
-    moments = jlar.moments(W, X)
+    grams = jlar.grams(W, X)
     loss, of_loss = jlar.losses.cross_entropy(W, X, labels, chunk=50, soft_cap=20.0)
     return {
         "lar": jlar.lar(W, X),
@@ -68,8 +67,8 @@ def statistics(W, X, Y, labels):
         "grams": jlar.grams(W, X, mask=labels >= 0),
         "spectra": jlar.spectra(W, X, method="gram"),
         "alignment": jlar.alignment(W, X),
-        "moments": {name: getattr(moments, name) for name in ("pp", "pq", "sigma_p", "corr")},
-        "ranks": (jlar.stable_rank(W), jlar.principal_dimension(X)),
+        "moments": (grams.pp, grams.sigma_p),
+        "ranks": jlar.principal_dimension(X),
         "update": jlar.update_alignment(W, 2 * W, X, X + 1),
         "loss": (loss, of_loss),
     }
@@ -265,17 +264,17 @@ def test_explicit_variants(split, on_one_device):
 
     def energies(W, X, needed, labels):
         return {
-            "energies": jlar.sharded.energies(W, X, **needed, mask=labels >= 0, **held),
-            "lar": jlar.sharded.lar(W, X, **needed, **held),
+            "energies": jlar.sharded(jlar.energies, **held)(W, X, **needed, mask=labels >= 0),
+            "lar": jlar.sharded(jlar.lar, **held)(W, X, **needed),
         }
 
     few = jax.jit(energies).lower(W, X, needed, labels).compile()
     assert_moves_at_most(few, 16)  # of two calls
-    spectra = jax.jit(lambda W, X: jlar.sharded.spectra(W, X, **held)).lower(W, X).compile()
+    spectra = jax.jit(jlar.sharded(jlar.spectra, **held)).lower(W, X).compile()
     moved = assert_moves_at_most(spectra, 2 * N * N)
     assert not any(name == "all-gather" for name, _ in moved), moved
     got = few(W, X, needed, labels) | {"spectra": spectra(W, X)}
-    got["grams"] = jlar.sharded.grams(W, X, mask=labels >= 0, **held)
+    got["grams"] = jlar.sharded(jlar.grams, **held)(W, X, mask=labels >= 0)
     assert_same(jax.device_get(got), {name: on_one_device[name] for name in got})
     assert got["spectra"].p.sharding.is_fully_replicated
 
@@ -286,8 +285,9 @@ def test_explicit_variants_on_explicit_axes(split, on_one_device):
     mesh = mesh_of(AxisType.Explicit)
     W, X = arrays()[:2] if split == "inputs" else placed(mesh, split)[:2]
     held = {"mesh": mesh, "W_spec": SPLITS[split][0], "X_spec": SPLITS[split][1]}
-    assert_same(jlar.sharded.moments(W, X, **held).pp, on_one_device["moments"]["pp"])
-    alignment = jax.jit(lambda W, X: jlar.sharded.alignment(W, X, **held))
+    grams = jlar.sharded(jlar.grams, **held)(W, X)
+    assert_same((grams.pp, grams.sigma_p), on_one_device["moments"])
+    alignment = jax.jit(jlar.sharded(jlar.alignment, **held))
     assert_same(jax.device_get(alignment(*placed(mesh, split)[:2])), on_one_device["alignment"])
 
 
@@ -296,7 +296,7 @@ def test_tall_weights_are_exchanged_in_pieces():
     mesh, X = mesh_of(AxisType.Auto), arrays()[1]
     W = jax.random.normal(jax.random.key(5), (300, N))
     held = {"mesh": mesh, "W_spec": P(None, "model"), "X_spec": P(None, None, "model")}
-    grams = jax.jit(lambda W, X: jlar.sharded.grams(W, X, **held))
+    grams = jax.jit(jlar.sharded(jlar.grams, **held))
     assert_same(jax.device_get(grams(W, X)), jax.device_get(jlar.grams(W, X)))
     moved = assert_moves_at_most(grams.lower(W, X).compile(), 2 * N * N)
     assert any(name == "all-to-all" for name, _ in moved), moved
@@ -318,13 +318,13 @@ def test_inside_shard_map(on_one_device):
 
     def local(W, X, labels):
         mask, axes = labels >= 0, AXES
-        moments = jlar.moments(W, X, axes=axes)
+        grams = jlar.grams(W, X, axes=axes)
         return {
             "lar": jlar.lar(W, X, axes=axes),
             "energies": jlar.energies(W, X, mask=mask, axes=axes),
             "grams": jlar.grams(W, X, mask=mask, axes=axes),
             "spectra": jlar.spectra(W, X, method="gram", axes=axes),
-            "moments": {name: getattr(moments, name) for name in ("pp", "pq", "sigma_p", "corr")},
+            "moments": (grams.pp, grams.sigma_p),
             "update": jlar.update_alignment(W, 2 * W, X, X + 1, axes=axes),
         }
 
@@ -411,6 +411,7 @@ SPECS = {"W_spec": P("model"), "X_spec": P("data")}
         ({"X_spec": P("data", None, None, None)}, "has more entries than X"),
         ({"W_spec": P(None, "model"), "X_spec": P(None, None, "model")}, "Y must be given"),
         ({"W_spec": P("data"), "X_spec": P("data")}, "Y must be given"),
+        ({"X_spec": P(), "W_spec": P(None, None, None)}, "has more entries than W"),
         ({"W": "elsewhere"}, r"W is held as .*mesh of 8 devices .*device_put\(W"),
     ],
 )
@@ -419,9 +420,10 @@ def test_misuse_of_the_explicit_variants(changed, message, unchecked):
     if "W" in changed:
         small = jax.make_mesh((4,), ("model",), devices=jax.devices()[:4])
         changed = {"W": jax.device_put(W, NamedSharding(small, P("model")))}
-    arguments = {"W": W, "X": X, "mesh": mesh_of(AxisType.Auto), **SPECS, **changed}
+    W, X = changed.pop("W", W), changed.pop("X", X)
+    specs = {"mesh": mesh_of(AxisType.Auto), **SPECS, **changed}
     with pytest.raises(ValueError, match=message):
-        jlar.sharded.energies(**arguments)
+        jlar.sharded(jlar.energies, **specs)(W, X)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +446,7 @@ def test_misuse_inside_shard_map(call, message, unchecked):
 def test_more_misuse_inside_shard_map(unchecked):
     W, X, labels = arrays()
     with pytest.raises(ValueError, match='"svd" needs W whole'):
-        on_mesh(partial(jlar.alignment, axes=AXES), (P("model"), P("data")))(W, X)
+        on_mesh(partial(jlar.alignment, method="svd", axes=AXES), (P("model"), P("data")))(W, X)
     with pytest.raises(ValueError, match='tokens "t" and the vocabulary "m"'):
         loss = partial(jlar.losses.cross_entropy, axes={"t": "data", "n": "model"})
         on_mesh(loss, (P(None, "model"), P("data"), P("data")))(W, X, labels)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+import jlar
+
 from .tasks import Task, composed, permutations
 
 HELD = 0.99
@@ -39,20 +41,19 @@ class Comparators(NamedTuple):
 
 
 def comparators(
-    model: object, p: Float[Array, " n"], gram: Float[Array, "m m"], harmonics: Harmonics
+    model: object, spectra: jlar.Spectra, gram: Float[Array, "m m"], harmonics: Harmonics
 ) -> Comparators:
-    """All of them, from the model, its weight spectrum and the Gram of its logits."""
-    s = jnp.sqrt(p)
+    """All of them, from the model, the spectra of its unembedding and the Gram of its logits."""
     squares = jnp.sort(jnp.maximum(jnp.linalg.eigvalsh(gram), 0), descending=True)
     basis, component = harmonics
     inner = gram[: len(basis), : len(basis)]  # the tokens `op` and `=` are no answers
     powers = jnp.sum(basis * (inner @ basis), axis=0)
-    by_component = jnp.zeros(len(component), p.dtype).at[component].add(powers)
-    sizes = jnp.zeros(len(component), p.dtype).at[component].add(1)
+    by_component = jnp.zeros(len(component), gram.dtype).at[component].add(powers)
+    sizes = jnp.zeros(len(component), gram.dtype).at[component].add(1)
     order = jnp.argsort(by_component, descending=True)
     return Comparators(
-        stable_rank=jnp.sum(p) / p[0],
-        effective_rank=jnp.exp(jnp.sum(jax.scipy.special.entr(s / jnp.sum(s)))),
+        stable_rank=spectra.stable_rank,
+        effective_rank=spectra.effective_rank,
         weight_norm=jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(model))),
         logits_pr=jnp.square(jnp.sum(squares)) / jnp.sum(jnp.square(squares)),
         logits_rank99=_held(squares, jnp.ones_like(squares)),

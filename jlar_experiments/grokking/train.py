@@ -206,7 +206,7 @@ def _evaluation(model: Model, data: Data) -> tuple[Metrics, jlar.Spectra]:
     W = model.unembedding
     X, Y, train_loss, train_acc = _answers(model, data.train)
     *_, val_loss, val_acc = _answers(model, data.validation)
-    spectra = jlar.spectra(W, X)
+    spectra = jlar.spectra(W, X, method="svd")
     p, q = spectra.p, spectra.q
     top = jnp.cumsum(p) - p < HELD  # the first directions that reach the share, and no more
     metrics = Metrics(
@@ -217,11 +217,11 @@ def _evaluation(model: Model, data: Data) -> tuple[Metrics, jlar.Spectra]:
         lar=spectra.lar,
         k_pred=jlar.effective_dimension(spectra.lar, W.shape[1]),
         k95=jlar.principal_dimension(X, HELD),
-        pr_p=jlar.participation_ratio(p),
-        pr_q=jlar.participation_ratio(q),
+        pr_p=spectra.participation_p,
+        pr_q=spectra.participation_q,
         corr=spectra.corr,
         q_in_top95=jnp.sum(jnp.where(top, q, 0)),
-        **comparators(model, p, Y.T @ Y, data.harmonics)._asdict(),
+        **comparators(model, spectra, Y.T @ Y, data.harmonics)._asdict(),
     )
     return metrics, spectra
 

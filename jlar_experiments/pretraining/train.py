@@ -161,17 +161,16 @@ class Program:
         _, (measured, X) = self._every_matrix(model, batch)
         lars = {name: each.lar for name, each in measured.items()}
         spectra = jlar.grams(model.head, X).spectra()
-        roots = jnp.sqrt(spectra.p)
         statistics = {
             "corr": spectra.corr,
             "rank_corr": spectra.rank_corr,
             "sigma_p": spectra.sigma_p,
             "sigma_q": spectra.sigma_q,
-            "stable_rank": 1 / spectra.p[0],
-            "effective_rank": jnp.exp(jnp.sum(jax.scipy.special.entr(roots / jnp.sum(roots)))),
+            "stable_rank": spectra.stable_rank,
+            "effective_rank": spectra.effective_rank,
             "rms_X": jnp.sqrt(jnp.mean(jnp.square(X.astype(jnp.float32)))),
         }
         for k in TOP:
             if k <= self.config.width:
-                statistics[f"L{k}"], statistics[f"D{k}"] = jlar.top_overlap(spectra, k)
+                statistics[f"L{k}"], statistics[f"D{k}"] = spectra.top(k)
         return Inspection(lars, spectra, statistics)
