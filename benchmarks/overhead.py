@@ -139,7 +139,8 @@ def main() -> None:
         def step(arrays: Any, state: Any, gradient: Any = gradient, static: Any = static) -> Any:
             value, grads = gradient(eqx.combine(arrays, static), tokens)
             updates, state = optimiser.update(eqx.filter(grads, eqx.is_array), state, arrays)
-            return optax.apply_updates(arrays, updates), state, value[0], jlar.metrics(value[1])
+            lars = {name: each.lar for name, each in value[1].items()}
+            return optax.apply_updates(arrays, updates), state, value[0], lars
 
         programs[name], costs[name] = bench.compiled(step, arrays, state)
         program = programs[name]

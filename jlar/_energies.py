@@ -1,5 +1,7 @@
 """Energies: the sums of squares of W, X and Y = X W^T, enough for LAR and its dimension k."""
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -27,10 +29,9 @@ class Energies(Pool):
         0.5024 0.5024 64
     """
 
-    squares: Float[Array, "*stack 3"]
-    """Sums of squares of Y = X W^T and of X over the kept tokens, and of W once per call."""
-    counts: Float[Array, "*stack 5"]
-    """Calls, then kept and all tokens (read `calls`, `count`, `keep_rate`)."""
+    sums: Float[Array, "*stack 8"]
+    """What `y`, `x`, `w`, `calls`, `count` and `keep_rate` are read from: one array, so that one
+    matrix is one output of a program."""
     n: int = eqx.field(static=True)
     """Input width, the base of the logarithm."""
 
@@ -38,22 +39,37 @@ class Energies(Pool):
     def zeros(cls, n: int, stack: tuple[int, ...] = (), dtype=jnp.float32) -> "Energies":
         """No tokens of a width-n layer: what a scan starts to accumulate from."""
         check.check_width(n, "the argument n")
-        return cls(jnp.zeros((*stack, 3), dtype), jnp.zeros((*stack, 5), dtype), n)
+        return cls(jnp.zeros((*stack, 8), dtype), n)
+
+    @classmethod
+    def of(
+        cls,
+        squares: Sequence[Float[Array, "*stack"]],
+        counts: Float[Array, "*stack 5"],
+        n: int,
+    ) -> "Energies":
+        """From the squares of Y, X and W, and what `Pool.counts` holds."""
+        return cls(jnp.concatenate([jnp.stack(squares, -1), counts], -1), n)
+
+    @property
+    def counts(self) -> Float[Array, "*stack 5"]:
+        """Calls, then kept and all tokens as limbs."""
+        return self.sums[..., 3:]
 
     @property
     def y(self) -> Float[Array, "*stack"]:
         """Sum of squares of Y = X W^T over the kept tokens."""
-        return self.squares[..., 0]
+        return self.sums[..., 0]
 
     @property
     def x(self) -> Float[Array, "*stack"]:
         """Sum of squares of X over the kept tokens."""
-        return self.squares[..., 1]
+        return self.sums[..., 1]
 
     @property
     def w(self) -> Float[Array, "*stack"]:
         """Sum of squares of W, once per call; w / calls is that of W."""
-        return self.squares[..., 2]
+        return self.sums[..., 2]
 
     @property
     def lar(self) -> Float[Array, "*stack"]:
@@ -121,7 +137,7 @@ def sums(
         mesh.total(energy(X, acc), split.t + split.columns, split),
         mesh.total(energy(W, acc), split.m + split.n, split),
     )
-    return Energies(jnp.stack(squares), counts(keep, tokens, acc, split), n)
+    return Energies.of(squares, counts(keep, tokens, acc, split), n)
 
 
 def energies(

@@ -49,7 +49,6 @@ class Pool(eqx.Module):
     """
 
     counts: eqx.AbstractVar[Float[Array, "*stack 5"]]
-    """Calls, then kept and all tokens as limbs."""
 
     @property
     def calls(self) -> Float[Array, "*stack"]:

@@ -237,7 +237,7 @@ def statistics(
         squares = zip(product.squares(keep, acc, W, X, Y, *sizes), axes, strict=True)
         totals = [mesh.total(a, over, split) for a, over in squares]
         seen = product.counts(split, keep, acc, *sizes)
-        return Energies(jnp.stack(totals, -1), seen, product.n * mesh.size(split.n))
+        return Energies.of(totals, seen, product.n * mesh.size(split.n))
     matrices, stacked = product.matrices(keep, W, X, Y, *sizes)
 
     def one(W: Array, X: Array, Y: Array, keep: Array | None) -> PyTree:

@@ -153,7 +153,7 @@ class Grams(Pool):
             jnp.trace(self.x, axis1=-2, axis2=-1),
             jnp.trace(self.w, axis1=-2, axis2=-1),
         )
-        return Energies(jnp.stack(squares, -1), self.counts, self.x.shape[-1])
+        return Energies.of(squares, self.counts, self.x.shape[-1])
 
     @property
     def lar(self) -> Float[Array, "*stack"]:
