@@ -79,6 +79,22 @@ def parts(
     return Parts(split, (*split.t, *split.m, *order(summed)), order(rows)), Y
 
 
+def check(axes: mesh.Axes | None, known: set[str]) -> None:
+    """ValueError unless `axes` maps what can be split to axes of a shard_map."""
+    for key, entry in (axes or {}).items():
+        if key not in ("t", "m", "n", "stack"):
+            raise ValueError(
+                'axes maps "t" (tokens), "m" (outputs), "n" (inputs) or "stack" to the mesh axes '
+                f"that split them; got {axes!r}."
+            )
+        if unknown := set(mesh.names(entry)) - known:
+            raise ValueError(
+                f"axes names {sorted(unknown)}, over which no jax.shard_map splits anything here: "
+                "axes= is for functions that contain one or are called in one. Under jit leave it "
+                "out."
+            )
+
+
 def told(axes: mesh.Axes | None) -> Parts:
     """What `axes` says splits every product, where the types say nothing."""
     if axes is None:

@@ -56,6 +56,9 @@ class Energies(Pool):
         """Calls, then kept and all tokens as limbs."""
         return self.sums[..., 3:]
 
+    def _with(self, counts: Float[Array, "*stack 5"]) -> "Energies":
+        return Energies(jnp.concatenate([self.sums[..., :3], counts], -1), self.n)
+
     @property
     def y(self) -> Float[Array, "*stack"]:
         """Sum of squares of Y = X W^T over the kept tokens."""

@@ -19,8 +19,12 @@ class Origin(NamedTuple):
     """The transpositions since then, to be named if another cut follows."""
     loops: frozenset[int] = frozenset()
     """The scans in which it is another weight in each iteration."""
+    same_as: tuple[int, int] | None = None
+    """The loop, and which value it carries, that this is as it came in; lost by any operation."""
     split: frozenset[str] = frozenset()
     """The mesh axes along which the devices of a shard_map hold different parts of it."""
+    number: int | None = None
+    """Its value, where that is a whole number written in the program."""
 
 
 DATA = Origin(data=True)
@@ -29,7 +33,10 @@ NUMBER = Origin()
 
 def of_literal(literal: Any) -> Origin:
     """A number written in the program belongs to it; an array is what the function closes over."""
-    return DATA if jnp.ndim(literal.val) else NUMBER
+    if jnp.ndim(literal.val):
+        return DATA
+    whole = jnp.issubdtype(literal.aval.dtype, jnp.integer)
+    return Origin(number=int(literal.val)) if whole else NUMBER
 
 
 def why(eqn: Any) -> str:
@@ -49,7 +56,7 @@ _REASONS = {
 
 def made_by(eqn: Any, origin: Origin) -> list[Origin]:
     """The origins of the results of an equation on weights: what it cuts out of a leaf."""
-    name, params = eqn.primitive.name, eqn.params
+    name, params, origin = eqn.primitive.name, eqn.params, origin._replace(same_as=None)
     shape = eqn.invars[0].aval.shape if eqn.invars else ()
     if name == "transpose":
         layout = ".T" if len(shape) == 2 else f".transpose{tuple(params['permutation'])}"
@@ -58,7 +65,11 @@ def made_by(eqn: Any, origin: Origin) -> list[Origin]:
         return [origin._replace(layout=layout)]
     if name == "reshape":
         return [origin._replace(layout=f"{origin.layout}.reshape{tuple(params['new_sizes'])}")]
-    if name == "slice":
+    if name == "unstack":
+        axis = params["axis"]
+        whole = [(0, size, 1) for size in shape]
+        bounds = [[*whole[:axis], (i, i + 1, 1), *whole[axis + 1 :]] for i in range(shape[axis])]
+    elif name == "slice":
         strides = params["strides"] or (1,) * len(shape)
         ends = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
         bounds = [list(ends)]
@@ -73,10 +84,11 @@ def made_by(eqn: Any, origin: Origin) -> list[Origin]:
         ]
     else:
         return [origin] * len(eqn.outvars)
-    return [_part(origin, shape, each) for each in bounds]
+    return [part(origin, shape, each) for each in bounds]
 
 
-def _part(origin: Origin, shape: tuple[int, ...], bounds: list[tuple[int, int, int]]) -> Origin:
+def part(origin: Origin, shape: tuple[int, ...], bounds: list[tuple[int, int, int]]) -> Origin:
+    """What these (start, end, stride) cut out of a weight of this shape."""
     index = [_index(*bound, size) for bound, size in zip(bounds, shape, strict=True)]
     while index and index[-1] == ":":
         index.pop()
@@ -87,7 +99,7 @@ def _part(origin: Origin, shape: tuple[int, ...], bounds: list[tuple[int, int, i
 
 def _index(start: int, end: int, stride: int, size: int) -> str:
     if stride != 1:
-        return f"{start}:{end}:{stride}"
+        return f"{start or ''}:{'' if end == size else end}:{stride}"
     if (start, end) == (0, size):
         return ":"
     return str(start) if end == start + 1 else f"{start}:{end}"

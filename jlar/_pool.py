@@ -1,5 +1,6 @@
 """What Energies and Grams share: sums over tokens pool exactly, and counts do not saturate."""
 
+import abc
 import math
 from typing import TypeVar
 
@@ -11,8 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from . import _mesh as mesh
 
 # A count is held as two floats, high * BASE + low: it is one of several sums in an array of floats,
-# and a single float32 stops counting at 2^24. Plain addition stays exact for 2^24 / BASE = 16,384
-# pooled calls and 2^34 tokens.
+# and a single float32 stops counting at 2^24. Exact up to 2^34 tokens, and 2^24 calls.
 BASE = 1024
 
 
@@ -63,9 +63,8 @@ class Pool(eqx.Module):
     @property
     def keep_rate(self) -> Float[Array, "*stack"]:
         """Kept tokens over all tokens, in [0, 1]; nan where nothing was seen."""
-        scale = jnp.array([BASE, 1], self.counts.dtype)
-        kept, total = self.counts[..., 1:3], self.counts[..., 3:]
-        return jnp.sum(kept * scale, -1) / jnp.sum(total * scale, -1)
+        kept_high, kept_low, high, low = jnp.moveaxis(self.counts[..., 1:], -1, 0)
+        return (kept_high * BASE + kept_low) / (high * BASE + low)
 
     def __add__(self: P, other: P) -> P:
         if jax.tree.structure(self) != jax.tree.structure(other):
@@ -73,7 +72,7 @@ class Pool(eqx.Module):
                 f"only statistics of the same weight matrix pool; got {type(self).__name__} and "
                 f"{type(other).__name__} of different kind or width: keep one per layer."
             )
-        return jax.tree.map(jnp.add, self, other)
+        return jax.tree.map(jnp.add, self, other)._carried()
 
     def __radd__(self: P, other: int) -> P:
         # 0 + self, so that the built-in sum pools a list.
@@ -91,4 +90,16 @@ class Pool(eqx.Module):
                 if stacked
                 else "nothing to sum: these statistics have no stacked axis (one call, one matrix)."
             )
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axes), self)
+        return jax.tree.map(lambda leaf: jnp.sum(leaf, axes), self)._carried()
+
+    @abc.abstractmethod
+    def _with(self: P, counts: Float[Array, "*stack 5"]) -> P:
+        """The same statistics with these counts."""
+
+    def _carried(self: P) -> P:
+        # The same number with a low limb below BASE, so that it never saturates.
+        calls, *limbs = jnp.moveaxis(self.counts, -1, 0)
+        for i in (0, 2):
+            carry = jnp.floor(limbs[i + 1] / BASE)
+            limbs[i : i + 2] = limbs[i] + carry, limbs[i + 1] - carry * BASE
+        return self._with(jnp.stack([calls, *limbs], axis=-1))

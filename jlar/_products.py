@@ -14,6 +14,7 @@ from . import _checks as check
 from . import _mesh as mesh
 from ._devices import Parts
 from ._energies import Energies, energies, energy
+from ._origin import Origin
 from ._pool import counts, to_limbs
 from ._spectra import grams, second_moments
 
@@ -30,6 +31,10 @@ class Product:
     m: int
     tokens: Shape
     stack: Shape
+
+    def facing(self, weight: Origin) -> str:
+        """Which side of the leaf the inputs are on, as far as it is followed."""
+        return weight.layout
 
     def counts(
         self, split: mesh.Split, keep: Array | None, acc: Any, *_: Array
@@ -49,6 +54,13 @@ class Dot(Product):
     """The axes of X that are stacked, tokens and inputs."""
     Y: tuple[Axes, Axes, Axes]
     """The axes of Y that are stacked, tokens and outputs."""
+
+    def facing(self, weight: Origin) -> str:
+        """The contracted axes; of a transposed matrix those that they were."""
+        axes, matrix = self.W[2], sum(map(len, self.W)) == 2
+        if matrix and weight.layout == ".T":
+            return str(tuple(1 - axis for axis in axes))
+        return weight.layout + str(axes)
 
     def squares(self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array) -> Squares:
         """Those of Y, X and W, over their axes as they lie: nothing is transposed or merged."""
@@ -182,7 +194,7 @@ class Ragged(Product):
     ) -> Float[Array, "*stack 5"]:
         """Each group has its own tokens."""
         one = jnp.ones(self.tokens, jnp.int32)
-        tokens = (one if keep is None else keep * one), one
+        tokens = (one if keep is None else keep.astype(jnp.int32)), one
         limbs = (to_limbs(self._per_group(each, *sizes), acc) for each in tokens)
         limbs = (mesh.total(each, split.t, split) for each in limbs)
         return jnp.concatenate([jnp.ones((*self.stack, 1), acc), *limbs], axis=-1)
@@ -197,9 +209,10 @@ class Ragged(Product):
 
     def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array, sizes: Array) -> Any:
         """One W per group, all of X and Y, and the mask of the group's tokens."""
-        mine = self._group(sizes) == jnp.arange(self.stack[0], dtype=jnp.int32)[:, None]
+        group = jnp.arange(self.stack[0], dtype=jnp.int32)
+        mine = self._group(sizes)[None, :] == group[:, None]
         W = jnp.swapaxes(W, 1, 2) if self.transposed else W
-        return (W, X, Y, mine if keep is None else mine & keep), (0, None, None, 0)
+        return (W, X, Y, mine if keep is None else mine & keep[None, :]), (0, None, None, 0)
 
 
 def ragged(params: dict[str, Any], shapes: list[Shape], left: bool) -> Ragged | str:

@@ -8,9 +8,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, PyTree
 
+from . import _devices as devices
 from . import _mesh as mesh
 from ._origin import DATA, Origin
 from ._rules import RULES
@@ -32,23 +32,22 @@ class Program:
         mask: ArrayLike | None,
         axes: mesh.Axes | None,
     ):
-        args = (jax.tree.map(_as_jax, args[0]), *args[1:])
         self.closed, self.structure, self.static = eqx.filter_make_jaxpr(f)(*args, **kwargs)
         self.inputs = jax.tree.leaves(eqx.filter((args, kwargs), _is_array))
         leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(args[0], _is_array))
-        self.leaves = {_dotted(path): leaf for path, leaf in leaves}
-        self.paths = list(self.leaves)
+        self.leaves = [leaf for _, leaf in leaves]
+        self.paths = _names([path for path, _ in leaves])
         values = [*self.closed.jaxpr.invars, *self.closed.jaxpr.constvars]
         splits = [v.aval.manual_axis_type.varying for v in values]
         origins = [
             Origin(leaves=frozenset({i})) if is_weight(leaf) else DATA
-            for i, leaf in enumerate(self.leaves.values())
+            for i, leaf in enumerate(self.leaves)
         ]
         origins += [DATA] * (len(values) - len(leaves))
         origins = [o._replace(split=split) for o, split in zip(origins, splits, strict=True)]
         walk = Walk(
             paths=self.paths,
-            sizes=[leaf.size for leaf in self.leaves.values()],
+            sizes=[leaf.size for leaf in self.leaves],
             chosen=_chosen(where, self.paths),
             measure=measure,
             mask=None if mask is None else _booleans(mask),
@@ -56,8 +55,10 @@ class Program:
             rules=RULES,
             blind=bool(jax.sharding.get_abstract_mesh().manual_axes) and not any(splits),
         )
+        walk.mesh_axes.update(jax.sharding.get_abstract_mesh().manual_axes)
         given = len(self.inputs)
         self.plan = walk.plan(self.closed.jaxpr, origins[:given], origins[given:])
+        devices.check(axes, walk.mesh_axes)
 
     def run(self) -> tuple[Any, dict[str, PyTree]]:
         """What the function returns, and the statistics by name."""
@@ -108,12 +109,17 @@ def _is_array(a: Any) -> bool:
     return eqx.is_array(a) or isinstance(a, jax.ShapeDtypeStruct)
 
 
-def _as_jax(a: Any) -> Any:
-    return jnp.asarray(a) if isinstance(a, np.ndarray) else a
+def _names(paths: list[tuple[Any, ...]]) -> list[str]:
+    """The paths as one would write them; those that would read alike as Python's indexing."""
+    names = list(map(_dotted, paths))
+    return [
+        jax.tree_util.keystr(path) if names.count(name) > 1 else name
+        for name, path in zip(names, paths, strict=True)
+    ]
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
-    """The path as one would write it; the boxes that flax puts around arrays do not count."""
+    # The boxes that flax puts around arrays do not count.
     while path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator=".") or "weights"

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec
 
 from . import _devices as devices
 from . import _mesh as mesh
-from ._origin import Origin
-from ._walk import Key, Part, Plan, Site, Statistics, Step, Walk, evaluate, pooled
+from ._origin import DATA, Origin
+from ._walk import STATISTICS, Key, Part, Plan, Site, Statistics, Step, Walk, evaluate, pooled
 
 Values = Sequence[Any]
 
@@ -20,6 +20,8 @@ Values = Sequence[Any]
 def _inlined(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     """jit and its like: the program inside, in place of the call."""
     closed = _closed(eqn)
+    if closed.jaxpr.debug_info.func_src_info == STATISTICS:  # of a capture inside of this one
+        return walk.plain(eqn, [DATA])
     plan = walk.plan(closed.jaxpr, given)
     placed = partial(map, _placed)
 
@@ -55,6 +57,8 @@ def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     """
     closed, walk = _closed(eqn), walk.silent()
     plan = walk.plan(closed.jaxpr, given)
+    if not eqn.outvars:
+        return walk.plain(eqn, given)
 
     def run(*args: Any) -> tuple[Values, Statistics]:
         return [], evaluate(plan, closed.consts, jax.lax.stop_gradient(args))[1]
@@ -143,23 +147,32 @@ def _fixed_point(
     nothing any more. What is handed on as it came is the same weight in each iteration.
     """
     end = consts + carried
-    kept = [a is b for a, b in zip(jaxpr.invars[consts:end], jaxpr.outvars, strict=False)]
 
     def varying(o: Origin) -> Origin:
         return o if o.data else o._replace(loops=o.loops | {loop})
 
     def settled(o: Origin) -> Origin:
-        return o._replace(loops=o.loops - {loop})
+        return o._replace(loops=o.loops - {loop}) if loop in o.loops else o
 
-    carry = list(given[consts:end])
+    carry, kept = list(given[consts:end]), [bool(o.leaves) for o in given[consts:end]]
     while True:
-        inside = [o if same else varying(o) for o, same in zip(carry, kept, strict=True)]
+        inside = [
+            o._replace(same_as=(loop, i)) if same else varying(o)
+            for i, (o, same) in enumerate(zip(carry, kept, strict=True))
+        ]
         plan = walk.plan(jaxpr, [*given[:consts], *inside, *map(varying, given[end:])])
+        still = [
+            same and o.same_as == (loop, i)
+            for i, (same, o) in enumerate(zip(kept, plan.origins[:carried], strict=True))
+        ]
         results = list(map(settled, plan.origins))
-        joined = [walk.joined(both) for both in zip(carry, results[:carried], strict=True)]
-        if joined == carry:
+        joined = [
+            old if same else walk.joined([old, new])
+            for same, old, new in zip(still, carry, results[:carried], strict=True)
+        ]
+        if (joined, still) == (carry, kept):
             return plan, [*carry, *results[carried:]]
-        carry = joined
+        carry, kept = joined, still
 
 
 def _cond(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
@@ -172,6 +185,9 @@ def _cond(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     origins = [walk.joined([*chosen_by, *each]) for each in results]
     sites = [s.inside(f"branch {i}") for i, plan in enumerate(plans) for s in plan.sites]
     notes = [note for plan in plans for note in plan.notes]
+    if given[0].data:
+        lost = "chosen between by data (cond)"
+        notes += [(leaf, lost) for p in plans for o in p.origins for leaf in o.leaves]
     if eqn.params.get("branches_platforms") is not None:
         notes += [(s.key.leaf, "inside jax.lax.platform_dependent") for s in sites]
         sites = []
@@ -201,6 +217,7 @@ def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
         o._replace(split=o.split | set(sum(map(mesh.names, spec), ())))
         for o, spec in zip(given, p["in_specs"], strict=True)
     ]
+    walk.mesh_axes.update(axes)
     plan = walk.plan(closed.jaxpr, inside)
 
     def local(*args: Any) -> tuple[Values, Statistics]:

@@ -40,7 +40,7 @@ class Sites(tuple[Row, ...]):
     def of(cls, program: Program) -> "Sites":
         """The sites of this program, leaf by leaf."""
         names, rows = program.names(), []
-        for i, (path, leaf) in enumerate(program.leaves.items()):
+        for i, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True)):
             here = [site for site in program.plan.sites if site.key.leaf == i]
             rows += dict.fromkeys(
                 Row(
@@ -55,8 +55,8 @@ class Sites(tuple[Row, ...]):
                 )
                 for site in here
             )
-            if not here:
-                why = dict.fromkeys(note for leaf, note in program.plan.notes if leaf == i)
+            why = dict.fromkeys(note for number, note in program.plan.notes if number == i)
+            if why or not here:
                 rows.append(Row(path, leaf.shape, why="; ".join(why) or _unseen(program, i)))
         return cls(rows)
 
@@ -87,7 +87,7 @@ def _product(shape: tuple[int, ...]) -> str:
 
 
 def _unseen(program: Program, i: int) -> str:
-    leaf = list(program.leaves.values())[i]
+    leaf = program.leaves[i]
     if not is_weight(leaf):
         return "a random key"
     variable = program.closed.jaxpr.invars[i]

@@ -144,6 +144,9 @@ class Grams(Pool):
         w, x = (jnp.zeros((*stack, n, n), dtype) for _ in range(2))
         return cls(w, x, jnp.zeros((*stack, 5), dtype))
 
+    def _with(self, counts: Float[Array, "*stack 5"]) -> "Grams":
+        return Grams(self.w, self.x, counts)
+
     @property
     def energies(self) -> Energies:
         r"""The same calls as sums of squares: $\|XW^T\|^2 = \langle W^T W, X^T X \rangle$."""

@@ -8,6 +8,7 @@ the statistics of the sites.
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import add
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +19,17 @@ from jaxtyping import Array, PyTree
 
 from . import _devices as devices
 from . import _mesh as mesh
+from ._lookup import LOOKUPS, picked
 from ._origin import DATA, NUMBER, Origin, made_by, of_literal, why
+from ._pool import Pool
 from ._products import PRODUCTS, Product, statistics
 from ._stage import stage
 
 Statistics = dict["Key", PyTree]
+
+
+# Primitives of several operands whose results are these operands, one by one.
+ONE_TO_ONE = ("optimization_barrier", *devices.EQUAL)
 
 
 class Key(NamedTuple):
@@ -30,6 +37,8 @@ class Key(NamedTuple):
 
     leaf: int
     cut: str
+    facing: str
+    """Which axes of it are the inputs: a matrix and its transposed are two."""
     n: int
     m: int
     stack: tuple[int, ...]
@@ -109,6 +118,8 @@ class Walk:
     number: Iterable[int] = field(default_factory=itertools.count)
     plans: dict[Any, Any] = field(default_factory=dict)
     traces: dict[Any, Any] = field(default_factory=dict)
+    mesh_axes: set[str] = field(default_factory=set)
+    """Those over which a shard_map splits something, here or inside."""
 
     def silent(self) -> "Walk":
         """The walk of a second evaluation."""
@@ -134,7 +145,7 @@ class Walk:
         for i, eqn in enumerate(jaxpr.eqns):
             if self.quiet and not eqn.outvars:
                 continue
-            part = self._part([read(atom) for atom in eqn.invars], jaxpr.eqns, i)
+            part = self._part([read(atom) for atom in eqn.invars], jaxpr.eqns, i, read)
             env.update(zip(eqn.outvars, part.origins, strict=True))
             sites += part.sites
             notes += part.notes
@@ -144,17 +155,25 @@ class Walk:
             pieces += [waiting.pop(v) for v in eqn.outvars if v in waiting] if waiting else []
         return Plan(self, jaxpr, pieces, [read(a) for a in jaxpr.outvars], sites, notes)
 
-    def _part(self, given: list[Origin], eqns: Sequence[Any], i: int) -> Part:
+    def _part(
+        self, given: list[Origin], eqns: Sequence[Any], i: int, read: Callable[[Any], Origin]
+    ) -> Part:
         eqn, name = eqns[i], eqns[i].primitive.name
         if name in PRODUCTS and bool(given[0].leaves) != bool(given[1].leaves):
             return self._product(given, eqns, i)
         if name in self.rules:
             part = self.rules[name](self, eqn, given)
-            return part if part.sites else part._replace(step=None, after=None)
+            # A silent evaluation goes inside wherever something may be printed.
+            stays = part.sites or (self.quiet and eqn.effects)
+            return part if stays else part._replace(step=None, after=None)
+        if name in LOOKUPS and given[0].leaves and not self.joined(given[1:]).data:
+            return Part([picked(given, eqn, eqns[:i], read)])
         return self.plain(eqn, given)
 
     def plain(self, eqn: Any, given: list[Origin]) -> Part:
         """An equation that is no product of a weight with data and has none inside."""
+        if eqn.primitive.name in ONE_TO_ONE and len(given) == len(eqn.outvars):
+            return Part(devices.after(eqn, given))
         joined = self.joined(given)
         if joined.leaves:
             origins = made_by(eqn, joined)
@@ -196,7 +215,7 @@ class Walk:
             keep = None if self.mask is None else self.mask.reshape(tokens)
             return [], statistics(self.measure, product, parts, keep, *operands)
 
-        key = Key(leaf, weight.cut, product.n, product.m, product.stack)
+        key = Key(leaf, weight.cut, product.facing(weight), product.n, product.m, product.stack)
         inputs = [eqn.invars[w], eqn.invars[x], Y, *eqn.invars[2:]]
         step = Step(run, eqn, inputs, [], key, (product, parts))
         return Part(origins, [Site(key, tokens, weight.loops)], notes, step, after=Y)
@@ -207,7 +226,7 @@ class Walk:
         for origin in given:
             if origin is DATA:
                 data = True
-            elif origin is not NUMBER:
+            elif origin is not NUMBER and any(origin[:-1]):
                 simple = False
         if simple:
             return DATA if data else NUMBER
@@ -227,11 +246,15 @@ class Walk:
         """The program of a step."""
         types = tuple(atom.aval for atom in step.inputs)
         if step.same is None:
-            return _traced(step.run, types)
+            return _traced(step.run, types, "a block" if step.outputs else STATISTICS)
         key = step.same, types
         if key not in self.traces:
-            self.traces[key] = _traced(step.run, types)
+            self.traces[key] = _traced(step.run, types, STATISTICS)
         return self.traces[key]
+
+
+STATISTICS = "statistics"
+"""The name of programs that compute nothing else; a second capture does not look into them."""
 
 
 class Traced(NamedTuple):
@@ -246,17 +269,17 @@ class Traced(NamedTuple):
     """Of what the function returns."""
 
 
-def _traced(run: Callable[..., Any], types: Sequence[Any]) -> Traced:
+def _traced(run: Callable[..., Any], types: Sequence[Any], name: str) -> Traced:
     closed, like = jax.make_jaxpr(run, return_shape=True)(*types)
     inner = closed.jaxpr
     inputs = [*inner.constvars, *inner.invars]
-    program = _closed(inputs, inner.outvars, inner.eqns)
+    program = _closed(inputs, inner.outvars, inner.eqns, name)
     return Traced(program, closed.consts, closed.out_avals, jax.tree.structure(like))
 
 
-def _closed(inputs: list[Any], results: list[Any], eqns: list[Any]) -> jex.ClosedJaxpr:
+def _closed(inputs: list[Any], results: list[Any], eqns: list[Any], name: str) -> jex.ClosedJaxpr:
     effects = frozenset().union(*(eqn.effects for eqn in eqns if eqn.effects))
-    named = jex.DebugInfo("jlar.capture", "", ("",) * len(inputs), ("",) * len(results))
+    named = jex.DebugInfo("jlar.capture", name, ("",) * len(inputs), ("",) * len(results))
     return jex.ClosedJaxpr(jex.Jaxpr([], inputs, results, eqns, effects, named), [])
 
 
@@ -288,7 +311,7 @@ def evaluate(
             effects=traced.program.effects,
         )
         eqns.append(call)
-    outs = stage(_closed(inputs, results, eqns), *values)
+    outs = stage(_closed(inputs, results, eqns, "a program"), *values)
     count = len(jaxpr.outvars)
     seen: Statistics = {}
     rest = iter(outs[count:])
@@ -300,7 +323,12 @@ def evaluate(
 
 def pooled(a: Statistics, b: Statistics) -> Statistics:
     """The sums of both, key by key."""
-    return a | {k: jax.tree.map(jnp.add, a[k], b[k]) if k in a else b[k] for k in b}
+    return a | {k: jax.tree.map(add, a[k], b[k], is_leaf=is_pool) if k in a else b[k] for k in b}
+
+
+def is_pool(a: Any) -> bool:
+    """Whether it has an addition of its own, which does not let counts saturate."""
+    return isinstance(a, Pool)
 
 
 def _unfit(product: Product, eqn: Any) -> str:
