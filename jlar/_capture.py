@@ -36,16 +36,19 @@ def capture(
     stack of matrices. Y is the product alone: before bias, soft-cap and temperature.
 
     - `jax.lax.scan`: weights that differ between iterations (scan over layers) have one row per
-      iteration, others (a recurrent network) pool over them. `while_loop` pools; `cond` gives
-      count 0 and LAR nan to what did not run; `jax.checkpoint` recomputes nothing for statistics.
+      iteration, others (a recurrent network) pool over them. `while_loop` pools whatever matrices
+      it uses; `cond` gives count 0 and LAR nan to what did not run; `jax.checkpoint` recomputes
+      nothing for statistics. Under `jax.disable_jit` JAX unrolls loops: a name for each iteration.
     - A weight used several times pools its uses. A slice is a matrix of its own, named by its
       index, `qkv.weight[0:64]`; so is a transposed use, named `#2`. A product with several leaves
       (W + BA) has the name of the largest.
     - `jax.vmap` inside of `f` over weights that share their inputs makes one wide matrix of them;
       `jax.vmap(capture(f))` keeps them apart.
     - The body of a `custom_jvp` or `custom_vjp` is evaluated a second time for its statistics;
-      XLA merges both unless the forward rule of the derivative computes something else.
+      XLA merges both unless the forward rule of the derivative computes something else. A callback
+      that returns something is called twice there.
     - Capture the loss, not the training step: the products of a backward pass have the same form.
+    - A flax NNX module changes itself, which is refused: capture a function of `nnx.split` parts.
 
     What cannot be measured is never dropped silently: `jlar.sites(f)(weights, ...)` lists every
     array with its products or the reason why there are none.
@@ -54,8 +57,9 @@ def capture(
     Use it under `jax.jit`: by itself it runs op by op, as `jax.grad` does.
 
     Args:
-        f: `f(weights, *args, **kwargs)` -> anything. Arrays elsewhere than in the first argument,
-            also those that `f` closes over, are data.
+        f: `f(weights, *args, **kwargs)` -> anything. Whether an array is a weight is decided by
+            this first argument alone, not by what is differentiated; all others are data, also
+            those that `f` closes over (masks, frozen matrices: put them into the first argument).
         measure: what is computed of each product. `jlar.energies` (LAR and its dimension),
             `jlar.grams` (p and q as well), or your own `measure(W, X, Y, mask)` of matrices
             (m, n), (t, n), (t, m) and a mask (t,) or None, which returns a pytree of *sums over
@@ -66,9 +70,10 @@ def capture(
         mask: 0/1 or bool, one per token, for all products measured: their token axes have to be
             those of the mask, or some of them merged. Tokens with 0 do not count, even if nan.
         axes: inside `jax.shard_map`, what the types do not tell. An axis that splits only W or only
-            X needs no word. Where one splits both, `{"n": "model"}` says that it splits the inputs
-            and `{"stack": "expert"}` that it splits a stack of matrices. With check_vma=False say
-            what splits tokens "t" and outputs "m" of all of them. Under jit leave it out.
+            X needs no word. Where one splits both, `{"n": "model"}` says that it splits the inputs;
+            where it splits a stack of matrices, `{"stack": "expert"}` says that it splits them by
+            rows, `{"m": "expert"}` by outputs. With check_vma=False say what splits tokens "t" and
+            outputs "m" of all of them. Under jit leave it out.
 
     Returns:
         A function of the same arguments that returns `(f(...), statistics)`, or with has_aux

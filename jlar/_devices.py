@@ -1,13 +1,16 @@
-"""What splits the operands of a product inside shard_map, as far as the program tells."""
+"""What splits the operands of a product inside shard_map, as far as the program tells.
 
-from collections.abc import Sequence
+The statistics of a product are those of one device until the shard_map ends: a sum over devices in
+a loop would be one for each iteration, and in a branch that only some of them take it would hang.
+"""
+
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array
 
 from . import _mesh as mesh
-from ._mesh import Split
 
 # Afterwards every device along the axes holds the same.
 EQUAL = ("psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant")
@@ -16,16 +19,25 @@ SPLITTING = ("reduce_scatter", "all_to_all", "ppermute", "axis_index")
 
 
 class Parts(NamedTuple):
-    """What splits one product."""
+    """The mesh axes that split one product."""
 
-    split: Split
-    y: tuple[str, ...]
-    """The axes over which the squares of Y are summed."""
-    rows: tuple[str, ...] = ()
-    """The axes that split the stacked matrices."""
+    t: tuple[str, ...] = ()
+    """Its tokens."""
+    m: tuple[str, ...] = ()
+    """Its outputs."""
+    n: tuple[str, ...] = ()
+    """Its inputs, of W and of X."""
+    y: tuple[str, ...] = ()
+    """Y, by tokens, outputs, or as a sum over the inputs is scattered."""
+    stack: tuple[str, ...] = ()
+    """The stacked matrices."""
+
+    def beyond(self, axes: Iterable[str]) -> "Parts":
+        """What is left of them where these axes have ended."""
+        return Parts(*(tuple(name for name in names if name not in axes) for names in self))
 
 
-NOT_SPLIT = Parts(Split(), ())
+NOT_SPLIT = Parts()
 
 
 def after(eqn: Any, origins: list[Any]) -> list[Any]:
@@ -34,7 +46,8 @@ def after(eqn: Any, origins: list[Any]) -> list[Any]:
     if name not in (*EQUAL, *SPLITTING):
         return origins
     axes = frozenset(_axes(eqn))
-    change = frozenset.difference if name in EQUAL else frozenset.union
+    equal = name in EQUAL and eqn.params.get("axis_index_groups") is None
+    change = frozenset.difference if equal else frozenset.union
     return [origin._replace(split=change(origin.split, axes)) for origin in origins]
 
 
@@ -50,33 +63,42 @@ def parts(
     product: Any,
     eqns: Sequence[Any],
     i: int,
+    *,
+    needs_Y: bool,
 ) -> tuple[Parts, Any]:
     """What splits a product of W and X that are split over these axes, and the value that is Y.
 
     An axis that splits W alone splits its outputs, one that splits X alone its tokens. Of one that
     splits both only `axes` can tell whether it splits the inputs of both or a stack of matrices.
     """
-    if not (W or X):
-        return NOT_SPLIT, eqns[i].outvars[0]
-    said = {key: set(mesh.names(entry)) for key, entry in (axes or {}).items()}
-    both = W & X
-    n, rows = both & said.get("n", set()), both & said.get("stack", set())
-    if unclear := both - n - rows:
-        raise ValueError(
-            f"the mesh axes {sorted(unclear)} split both operands of the product with {path!r}: "
-            f'write axes={{"n": ...}} if they split its inputs, or axes={{"stack": ...}} if they '
-            "split a stack of matrices (experts), or leave it out with where=."
-        )
-    if rows and not product.stack:
-        raise ValueError(
-            f"axes says that {sorted(rows)} split a stack of matrices, but the product with "
-            f'{path!r} has none: write {{"n": ...}}, or leave it out with where=.'
-        )
-    order = lambda names: tuple(sorted(names))  # noqa: E731
-    split = Split(t=order(X - W), m=order(W - X), n=order(n), columns=order(n))
     eqn = eqns[i]
-    Y, summed = _whole(eqn, eqns[i + 1 :], n, path) if n else (eqn.outvars[0], frozenset())
-    return Parts(split, (*split.t, *split.m, *order(summed)), order(rows)), Y
+    if not (W or X):
+        return NOT_SPLIT, eqn.outvars[0]
+    found: dict[str, set[str]] = {"t": set(), "m": set(), "n": set(), "stack": set()}
+    said = {key: set(mesh.names(entry)) for key, entry in (axes or {}).items()}
+    for axis in W | X:
+        words = {key for key, names in said.items() if axis in names}
+        if axis not in W or words == {"t"}:
+            found["t"].add(axis)
+        elif "stack" in words and product.stack:
+            found["stack"].add(axis)
+        elif axis not in X and (not product.stack or "m" in words):
+            found["m"].add(axis)
+        elif axis in X and words == {"n"}:
+            found["n"].add(axis)
+        else:
+            both = "splits both operands" if axis in X else "splits the weight"
+            raise ValueError(
+                f"the mesh axis {axis!r} {both} of the product with {path!r}, and nothing tells "
+                f'how: write axes={{"n": {axis!r}}} if it splits the inputs, {{"m": {axis!r}}} '
+                f'the outputs, or {{"stack": {axis!r}}} a stack of matrices (experts; this product '
+                f"has {'one' if product.stack else 'none'}); or leave it out with where=."
+            )
+    names = {key: tuple(sorted(each)) for key, each in found.items()}
+    Y, scattered = (
+        _summed(eqns, i, names["n"], path) if names["n"] and needs_Y else (eqn.outvars[0], ())
+    )
+    return Parts(**names, y=(*names["t"], *names["m"], *scattered)), Y
 
 
 def check(axes: mesh.Axes | None, known: set[str]) -> None:
@@ -103,35 +125,37 @@ def told(axes: mesh.Axes | None) -> Parts:
             'axes={"t": ...} with the mesh axes that split the tokens (and "m" those that split '
             "outputs), or leave check_vma at its default."
         )
-    split = mesh.split(axes)
-    if split.n or split.gathered:
+    names = {key: mesh.names(entry) for key, entry in axes.items()}
+    t, m = names.get("t", ()), names.get("m", ())
+    if set(names) - {"t", "m"} or set(t) & set(m):
         raise ValueError(
             'inside jax.shard_map(check_vma=False) axes may name what splits the tokens "t" and '
-            f'the outputs "m" of every product; got {axes!r}. With check_vma=True, its default, '
-            "the rest is seen from the types."
+            f'the outputs "m" of every product, over different axes; got {axes!r}. With '
+            "check_vma=True, its default, the rest is seen from the types."
         )
-    return Parts(split, split.t + split.outputs)
+    return Parts(t=t, m=m, y=(*t, *m))
 
 
-def _whole(
-    eqn: Any, later: Sequence[Any], n: frozenset[str] | set[str], path: str
-) -> tuple[Any, frozenset[str]]:
+def _summed(
+    eqns: Sequence[Any], i: int, n: tuple[str, ...], path: str
+) -> tuple[Any, tuple[str, ...]]:
     """Y after its sum over the axes that split the inputs, and which of them split it then."""
-    for each in later:
-        name = each.primitive.name
-        if eqn.outvars[0] in [a for a in each.invars if not isinstance(a, jax.extend.core.Literal)]:
-            if name in ("psum", "psum_invariant") and set(_axes(each)) == set(n):
-                return each.outvars[each.invars.index(eqn.outvars[0])], frozenset()
-            if name == "reduce_scatter" and set(_axes(each)) == set(n):
-                return each.outvars[0], frozenset(n)
+    Y = eqns[i].outvars[0]
+    for eqn in eqns[i + 1 :]:
+        places = [j for j, atom in enumerate(eqn.invars) if atom is Y]
+        if places and set(_axes(eqn)) == set(n):
+            if eqn.primitive.name in ("psum", "psum_invariant"):
+                return eqn.outvars[places[0]], ()
+            if eqn.primitive.name == "reduce_scatter":
+                return eqn.outvars[0], n
     raise ValueError(
         f"the inputs of the product with {path!r} are split over {sorted(n)}, and its result is "
         "not summed over them by the next operation (jax.lax.psum or psum_scatter): sum it first, "
-        "or leave it out with where=."
+        "take measure=jlar.grams, which needs no result, or leave it out with where=."
     )
 
 
-def whole(a: Array) -> Array:
-    """`a`, which is the same on every device, with a type that says so."""
-    varying = tuple(mesh.varying(a))
+def whole(a: Array, axes: Iterable[str]) -> Array:
+    """`a`, which is the same along these axes, with a type that says so."""
+    varying = tuple(mesh.varying(a).intersection(axes))
     return jax.lax.pmean(a, varying) if varying else a

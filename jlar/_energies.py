@@ -45,11 +45,12 @@ class Energies(Pool):
     def of(
         cls,
         squares: Sequence[Float[Array, "*stack"]],
-        counts: Float[Array, "*stack 5"],
+        counts: Float[Array, "*stack_or_none 5"],
         n: int,
     ) -> "Energies":
-        """From the squares of Y, X and W, and what `Pool.counts` holds."""
-        return cls(jnp.concatenate([jnp.stack(squares, -1), counts], -1), n)
+        """From the squares of Y, X and W, and what `Pool.counts` holds, of each or the same."""
+        like = jnp.zeros_like(squares[0])  # sharded as the stack is, where types say so
+        return cls(jnp.stack([*squares, *(like + c for c in jnp.moveaxis(counts, -1, 0))], -1), n)
 
     @property
     def counts(self) -> Float[Array, "*stack 5"]:

@@ -1,6 +1,7 @@
 """What a value in a program is made of: weights, data, or numbers written in the program."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ class Origin(NamedTuple):
     """The mesh axes along which the devices of a shard_map hold different parts of it."""
     number: int | None = None
     """Its value, where that is a whole number written in the program."""
+    pieces: tuple[tuple[int, int, Any], ...] = ()
+    """The start, end and origin of what a vector is put together from (ravel_pytree)."""
 
 
 DATA = Origin(data=True)
@@ -47,16 +50,20 @@ def why(eqn: Any) -> str:
 
 _REASONS = {
     **dict.fromkeys(("gather", "dynamic_slice"), "looked up by data (an embedding)"),
-    **dict.fromkeys(("mul", "div"), "multiplies data entry by entry (a gain)"),
-    **dict.fromkeys(("add", "sub", "add_any"), "added to data (a bias)"),
+    **dict.fromkeys(("mul", "div"), "times data, entry by entry (a gain, a mask), is data"),
+    **dict.fromkeys(("add", "sub", "add_any"), "added to data (a bias, noise), is data"),
     "pallas_call": "inside a Pallas kernel",
     **dict.fromkeys(("ffi_call", "custom_call"), "inside an FFI kernel"),
 }
 
 
-def made_by(eqn: Any, origin: Origin) -> list[Origin]:
+def made_by(eqn: Any, origin: Origin, given: Sequence[Origin]) -> list[Origin]:
     """The origins of the results of an equation on weights: what it cuts out of a leaf."""
-    name, params, origin = eqn.primitive.name, eqn.params, origin._replace(same_as=None)
+    name, params = eqn.primitive.name, eqn.params
+    pieces, origin = origin.pieces, origin._replace(same_as=None, pieces=())
+    if name == "concatenate" and len(eqn.outvars[0].aval.shape) == 1:
+        ends = list(itertools.accumulate((a.aval.size for a in eqn.invars), initial=0))
+        return [origin._replace(pieces=tuple(zip(ends, ends[1:], given, strict=False)))]
     shape = eqn.invars[0].aval.shape if eqn.invars else ()
     if name == "transpose":
         layout = ".T" if len(shape) == 2 else f".transpose{tuple(params['permutation'])}"
@@ -84,7 +91,15 @@ def made_by(eqn: Any, origin: Origin) -> list[Origin]:
         ]
     else:
         return [origin] * len(eqn.outvars)
-    return [part(origin, shape, each) for each in bounds]
+    return [_piece(pieces, *each[0]) or part(origin, shape, each) for each in bounds]
+
+
+def _piece(pieces: Sequence[tuple[int, int, Origin]], start: int, end: int, stride: int) -> Any:
+    """What lies between start and end, if it is of one piece."""
+    for a, b, origin in pieces:
+        if a <= start and end <= b and stride == 1 and origin.leaves:
+            return part(origin, (b - a,), [(start - a, end - a, 1)])
+    return None
 
 
 def part(origin: Origin, shape: tuple[int, ...], bounds: list[tuple[int, int, int]]) -> Origin:

@@ -1,7 +1,7 @@
 """Products of a weight and data as JAX's primitives have them, and the statistics of one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,11 +12,11 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from . import _checks as check
 from . import _mesh as mesh
-from ._devices import Parts
+from ._devices import Parts, whole
 from ._energies import Energies, energies, energy
 from ._origin import Origin
-from ._pool import counts, to_limbs
-from ._spectra import grams, second_moments
+from ._pool import Pool, counts, to_limbs
+from ._spectra import Grams, grams, second_moments
 
 Axes = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -36,12 +36,9 @@ class Product:
         """Which side of the leaf the inputs are on, as far as it is followed."""
         return weight.layout
 
-    def counts(
-        self, split: mesh.Split, keep: Array | None, acc: Any, *_: Array
-    ) -> Float[Array, "*stack 5"]:
-        """What `Pool.counts` holds of it."""
-        of_one = counts(keep, self.tokens, acc, split)
-        return jnp.broadcast_to(of_one, (*self.stack, *of_one.shape))
+    def counts(self, keep: Array | None, acc: Any, *_: Array) -> Float[Array, "*stack 5"]:
+        """What `Pool.counts` holds of it, once or for each matrix of a stack."""
+        return counts(keep, self.tokens, acc, mesh.Split())
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,12 @@ class Dot(Product):
             X, Y = _masked(X, keep, self.X[1]), _masked(Y, keep, self.Y[1])
         return _over(Y, self.Y[0], acc), _over(X, self.X[0], acc), _over(W, self.W[0], acc)
 
-    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Any:
+    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array | None) -> Any:
         """W (stack, m, n), X (stack, *tokens, n), Y (stack, *tokens, m) and what is stacked."""
         W = jnp.transpose(W, sum(self.W, ())).reshape(*self.stack, self.m, self.n)
         X = jnp.transpose(X, sum(self.X, ())).reshape(*self.stack, *self.tokens, self.n)
-        Y = jnp.transpose(Y, sum(self.Y, ())).reshape(*self.stack, *self.tokens, self.m)
+        if Y is not None:
+            Y = jnp.transpose(Y, sum(self.Y, ())).reshape(*self.stack, *self.tokens, self.m)
         return (W, X, Y, keep), (0, 0, 0, None)
 
 
@@ -110,11 +108,13 @@ class Conv(Product):
     geometry: tuple[tuple[str, Any], ...]
     groups: int
 
-    def _parts(self, W: Array, Y: Array) -> tuple[Array, Array]:
+    def _parts(self, W: Array, Y: Array | None) -> tuple[Array, Array | None]:
         """W as (groups, m, n) and Y as (groups, *tokens, m)."""
         numbers = dict(self.geometry)["dimension_numbers"]
-        W, Y = jnp.transpose(W, numbers.rhs_spec), jnp.transpose(Y, numbers.out_spec)
-        return W.reshape(self.groups, self.m, self.n), self._by_group(Y, self.m)
+        W = jnp.transpose(W, numbers.rhs_spec).reshape(self.groups, self.m, self.n)
+        if Y is not None:
+            Y = self._by_group(jnp.transpose(Y, numbers.out_spec), self.m)
+        return W, Y
 
     def _by_group(self, a: Array, features: int) -> Array:
         a = a.reshape(a.shape[0], self.groups, features, *a.shape[2:])
@@ -139,7 +139,7 @@ class Conv(Product):
         y, w = (_over(a, (0,), acc) for a in (Y, W))
         return y.reshape(self.stack), x.reshape(self.stack), w.reshape(self.stack)
 
-    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Any:
+    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array | None) -> Any:
         """As of `Dot`, with X as patches."""
         numbers = dict(self.geometry)["dimension_numbers"]
         patches = jax.lax.conv_general_dilated_patches(
@@ -151,7 +151,7 @@ class Conv(Product):
         patches = self._by_group(jnp.transpose(patches, numbers.out_spec), self.n)
         W, Y = self._parts(W, Y)
         if not self.stack:
-            W, patches, Y = W[0], patches[0], Y[0]
+            W, patches, Y = jax.tree.map(lambda a: a[0], (W, patches, Y))
         return (W, patches, Y, keep), (0, 0, 0, None)
 
 
@@ -189,14 +189,11 @@ class Ragged(Product):
     def _per_group(self, per_token: Array, sizes: Array) -> Array:
         return jax.ops.segment_sum(per_token, self._group(sizes), self.stack[0])
 
-    def counts(
-        self, split: mesh.Split, keep: Array | None, acc: Any, *sizes: Array
-    ) -> Float[Array, "*stack 5"]:
+    def counts(self, keep: Array | None, acc: Any, *sizes: Array) -> Float[Array, "*stack 5"]:
         """Each group has its own tokens."""
         one = jnp.ones(self.tokens, jnp.int32)
         tokens = (one if keep is None else keep.astype(jnp.int32)), one
         limbs = (to_limbs(self._per_group(each, *sizes), acc) for each in tokens)
-        limbs = (mesh.total(each, split.t, split) for each in limbs)
         return jnp.concatenate([jnp.ones((*self.stack, 1), acc), *limbs], axis=-1)
 
     def squares(
@@ -207,7 +204,9 @@ class Ragged(Product):
         y, x = (jnp.sum(jnp.square(a.astype(acc)), axis=-1) for a in (Y, X))
         return self._per_group(y, sizes), self._per_group(x, sizes), _over(W, (0,), acc)
 
-    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array, sizes: Array) -> Any:
+    def matrices(
+        self, keep: Array | None, W: Array, X: Array, Y: Array | None, sizes: Array
+    ) -> Any:
         """One W per group, all of X and Y, and the mask of the group's tokens."""
         group = jnp.arange(self.stack[0], dtype=jnp.int32)
         mine = self._group(sizes)[None, :] == group[:, None]
@@ -242,27 +241,56 @@ def statistics(
     keep: Array | None,
     *operands: Any,
 ) -> PyTree:
-    """`measure` of a product's W, X, Y (and group sizes); no gradient, sums over all devices."""
+    """`measure` of a product's W, X, Y (and group sizes) on one device, without gradient."""
     W, X, Y, *sizes = jax.lax.stop_gradient(tuple(map(jnp.asarray, operands)))
-    split, acc = parts.split, check.accumulator(W, X, Y)
+    acc = check.accumulator(W, X, Y)
     if measure is energies:
-        axes = parts.y, split.t + split.columns, split.m + split.n
-        squares = zip(product.squares(keep, acc, W, X, Y, *sizes), axes, strict=True)
-        totals = [mesh.total(a, over, split) for a, over in squares]
-        seen = product.counts(split, keep, acc, *sizes)
-        return Energies.of(totals, seen, product.n * mesh.size(split.n))
-    matrices, stacked = product.matrices(keep, W, X, Y, *sizes)
+        squares = product.squares(keep, acc, W, X, Y, *sizes)
+        n = product.n * mesh.size(parts.n)
+        return Energies.of(squares, product.counts(keep, acc, *sizes), n)
+    exchanged = mesh.Split(n=parts.n, columns=parts.n)
+    matrices, stacked = product.matrices(keep, W, X, None if measure is grams else Y, *sizes)
 
-    def one(W: Array, X: Array, Y: Array, keep: Array | None) -> PyTree:
-        if measure is grams:
-            return second_moments(W, X, keep, split)
+    def one(W: Array, X: Array, Y: Array | None, keep: Array | None) -> PyTree:
+        if Y is None:
+            return second_moments(W, X, keep, exchanged)
         X, Y = X.reshape(-1, X.shape[-1]), Y.reshape(-1, Y.shape[-1])
         sums = measure(W, X, Y, None if keep is None else keep.reshape(-1))
-        return jax.tree.map(lambda a: mesh.total(jnp.asarray(a), split.t, split), sums)
+        return jax.tree.map(jnp.asarray, sums)
 
     for _ in product.stack:
         one = jax.vmap(one, stacked)
     return one(*matrices)
+
+
+def over_devices(statistic: PyTree, parts: Parts, loops: int, axes: Iterable[str]) -> PyTree:
+    """The sums of one device's statistics over all devices along these axes.
+
+    `loops` is how many axes of its stack are those of loops, before those of the product.
+    """
+    axes = tuple(axes)
+
+    def add(a: Array, names: Iterable[str]) -> Array:
+        names = tuple(name for name in names if name in axes)
+        return jax.lax.psum(a, names) if names else a
+
+    if isinstance(statistic, Pool):
+        calls, tokens = statistic.counts[..., :1], statistic.counts[..., 1:]
+        counted = jnp.concatenate([calls, add(tokens, parts.t)], axis=-1)
+    if isinstance(statistic, Energies):
+        e, by = statistic, (parts.y, parts.t + parts.n, parts.m + parts.n)
+        squares = [add(a, names) for a, names in zip((e.y, e.x, e.w), by, strict=True)]
+        statistic = Energies.of(squares, counted, e.n)
+    elif isinstance(statistic, Grams):
+        statistic = Grams(add(statistic.w, parts.m), add(statistic.x, parts.t), counted)
+    else:
+        statistic = jax.tree.map(lambda a: add(a, parts.t), statistic)
+    rows = tuple(name for name in parts.stack if name in axes)
+
+    def gathered(a: Array) -> Array:
+        return jax.lax.all_gather(a, rows, axis=loops, tiled=True) if rows else a
+
+    return jax.tree.map(lambda a: whole(gathered(a), axes), statistic)
 
 
 def _over(a: Array, stacked: Axes, acc: Any) -> Float[Array, "*stack"]:

@@ -14,7 +14,7 @@ from . import _devices as devices
 from . import _mesh as mesh
 from ._origin import DATA, Origin
 from ._rules import RULES
-from ._walk import Key, Walk, evaluate
+from ._walk import Key, Walk, evaluate, summed
 
 Where = Callable[[str], bool] | str | Sequence[str] | None
 
@@ -32,7 +32,7 @@ class Program:
         mask: ArrayLike | None,
         axes: mesh.Axes | None,
     ):
-        self.closed, self.structure, self.static = eqx.filter_make_jaxpr(f)(*args, **kwargs)
+        self.closed, self.structure, self.static = eqx.filter_make_jaxpr(_pure(f))(*args, **kwargs)
         self.inputs = jax.tree.leaves(eqx.filter((args, kwargs), _is_array))
         leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(args[0], _is_array))
         self.leaves = [leaf for _, leaf in leaves]
@@ -53,9 +53,10 @@ class Program:
             mask=None if mask is None else _booleans(mask),
             axes=axes,
             rules=RULES,
-            blind=bool(jax.sharding.get_abstract_mesh().manual_axes) and not any(splits),
+            blind=_blind(),
         )
-        walk.mesh_axes.update(jax.sharding.get_abstract_mesh().manual_axes)
+        self.manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+        walk.mesh_axes.update(self.manual)
         given = len(self.inputs)
         self.plan = walk.plan(self.closed.jaxpr, origins[:given], origins[given:])
         devices.check(axes, walk.mesh_axes)
@@ -71,6 +72,7 @@ class Program:
                 f"of each of them:\n{Sites.of(self)}"
             )
         outs, seen = evaluate(self.plan, self.closed.consts, self.inputs)
+        seen = summed(seen, self.manual)
         result = jax.tree.unflatten(jax.tree.structure(self.structure), outs)
         return eqx.combine(result, self.static), {names[key]: seen[key] for key in names}
 
@@ -82,7 +84,8 @@ class Program:
         """
         work: dict[Key, int] = {}
         for site in self.plan.sites:
-            work[site.key] = work.get(site.key, 0) + site.key.m * math.prod(site.tokens)
+            key = site.key.beyond(self.manual)
+            work[key] = work.get(key, 0) + key.m * math.prod(site.tokens)
         names: dict[Key, str] = {}
         for key in sorted(work, key=lambda key: (key.leaf, key.cut, -work[key])):
             plain = name = self.paths[key.leaf] + key.cut
@@ -93,11 +96,36 @@ class Program:
         return names
 
 
+def _pure(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f`, which may not change its arguments: it is given copies of them."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        before = jax.tree.leaves((args, kwargs))
+        result = f(*args, **kwargs)
+        after = jax.tree.leaves((args, kwargs))
+        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+            raise ValueError(
+                "the function changes one of its arguments in place (as a flax NNX module does "
+                "with its random state and running means): that would be lost. Take it apart "
+                "outside (`graph, params, rest = nnx.split(model, nnx.Param, ...)`), put it "
+                "together inside (`nnx.merge`), and return what has changed beside the loss."
+            )
+        return result
+
+    return call
+
+
 def is_weight(leaf: Any) -> bool:
     """Whether an array holds numbers to multiply with: random keys are no weights."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return False
     return not (leaf.dtype == jnp.uint32 and leaf.shape[-1:] == (2,))
+
+
+def _blind() -> bool:
+    """Whether this is inside a shard_map whose types do not tell what it splits."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return any(axis not in mesh.varying(jax.lax.axis_index(axis)) for axis in manual)
 
 
 def _booleans(mask: ArrayLike) -> Array:

@@ -8,11 +8,23 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jaxtyping import Array
 
-from . import _devices as devices
 from . import _mesh as mesh
 from ._origin import DATA, Origin
-from ._walk import STATISTICS, Key, Part, Plan, Site, Statistics, Step, Walk, evaluate, pooled
+from ._walk import (
+    STATISTICS,
+    Key,
+    Part,
+    Plan,
+    Site,
+    Statistics,
+    Step,
+    Walk,
+    evaluate,
+    pooled,
+    summed,
+)
 
 Values = Sequence[Any]
 
@@ -98,7 +110,7 @@ def _scan(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
         return [*carry, *ys], pooled(seen, {stacked(key): each[key] for key in each})
 
     def stacked(key: Key) -> Key:
-        return key._replace(stack=(p["length"], *key.stack))
+        return key._replace(stack=(p["length"], *key.stack), loops=key.loops + 1)
 
     def outside(site: Site) -> Site:
         if loop not in site.loops:
@@ -222,7 +234,7 @@ def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
 
     def local(*args: Any) -> tuple[Values, Statistics]:
         outs, seen = evaluate(plan, closed.consts, args)
-        return outs, jax.tree.map(devices.whole, seen)
+        return outs, summed(seen, axes)
 
     run = jax.shard_map(
         local,
@@ -233,7 +245,10 @@ def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
         axis_names=set(axes),
     )
     part = _part(eqn, plan, run, "shard_map")
-    return part._replace(origins=[o._replace(split=o.split - axes) for o in part.origins])
+    return part._replace(
+        origins=[o._replace(split=o.split - axes) for o in part.origins],
+        sites=[site._replace(key=site.key.beyond(axes)) for site in part.sites],
+    )
 
 
 def _part(eqn: Any, plan: Plan, run: Any, what: str = "") -> Part:
@@ -249,8 +264,13 @@ def _closed(eqn: Any) -> jex.ClosedJaxpr:
 
 def _zeros(f: Callable[..., Statistics], inputs: Sequence[Any]) -> Statistics:
     """Zeros like what `f` would return for values of the types of these variables."""
-    like = jax.eval_shape(f, *(v.aval for v in inputs))
-    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), like)
+    closed, like = jax.make_jaxpr(f, return_shape=True)(*(v.aval for v in inputs))
+
+    def zeros(of: Any) -> Array:
+        a, varying = jnp.zeros(of.shape, of.dtype), tuple(of.manual_axis_type.varying)
+        return jax.lax.pcast(a, varying, to="varying") if varying else a
+
+    return jax.tree.unflatten(jax.tree.structure(like), map(zeros, closed.out_avals))
 
 
 RULES: dict[str, Callable[[Walk, Any, list[Origin]], Part]] = {

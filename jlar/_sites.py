@@ -46,7 +46,7 @@ class Sites(tuple[Row, ...]):
                 Row(
                     path,
                     leaf.shape,
-                    names[site.key],
+                    names[site.key.beyond(program.manual)],
                     site.key.m,
                     site.key.n,
                     site.tokens,
@@ -128,7 +128,8 @@ def sites(
         array      shape      measured as  m   n  tokens  rows  through
         W          3 x 8 x 8  itself       8   8  4 x 6   3     scan of 3
         embedding  50 x 8     itself       50  8  4 x 6
-        gain       8          - multiplies data entry by entry (a gain)
+        embedding  50 x 8     - looked up by data (an embedding)
+        gain       8          - times data, entry by entry (a gain, a mask), is data
     """
 
     def call(weights: PyTree, /, *args: Any, **kwargs: Any) -> Sites:

@@ -19,10 +19,12 @@ from jaxtyping import Array, PyTree
 
 from . import _devices as devices
 from . import _mesh as mesh
+from ._energies import energies
 from ._lookup import LOOKUPS, picked
 from ._origin import DATA, NUMBER, Origin, made_by, of_literal, why
 from ._pool import Pool
-from ._products import PRODUCTS, Product, statistics
+from ._products import PRODUCTS, Product, over_devices, statistics
+from ._spectra import grams
 from ._stage import stage
 
 Statistics = dict["Key", PyTree]
@@ -42,6 +44,15 @@ class Key(NamedTuple):
     n: int
     m: int
     stack: tuple[int, ...]
+    """First the lengths of loops around the product, then what it stacks itself."""
+    loops: int = 0
+    """How many of them are those of loops."""
+    parts: devices.Parts = devices.NOT_SPLIT
+    """What splits the product over devices; one device's share is summed in the end."""
+
+    def beyond(self, axes: Iterable[str]) -> "Key":
+        """The key where these mesh axes have ended."""
+        return self._replace(parts=self.parts.beyond(axes))
 
 
 class Site(NamedTuple):
@@ -174,9 +185,12 @@ class Walk:
         """An equation that is no product of a weight with data and has none inside."""
         if eqn.primitive.name in ONE_TO_ONE and len(given) == len(eqn.outvars):
             return Part(devices.after(eqn, given))
+        if eqn.primitive.name in ("mul", "div") and given[0].leaves and given[1].data:
+            if eqn.invars[1].aval.size == 1 < eqn.invars[0].aval.size:
+                given = given[:1]  # A scalar on W cancels, wherever it comes from.
         joined = self.joined(given)
         if joined.leaves:
-            origins = made_by(eqn, joined)
+            origins = made_by(eqn, joined, given)
             notes = ()
         else:
             origins = [joined] * len(eqn.outvars)
@@ -208,14 +222,30 @@ class Walk:
             parts, Y = devices.told(self.axes), eqn.outvars[0]
         else:
             parts, Y = devices.parts(
-                self.axes, self.paths[leaf], weight.split, given[x].split, product, eqns, i
+                self.axes,
+                self.paths[leaf],
+                weight.split,
+                given[x].split,
+                product,
+                eqns,
+                i,
+                needs_Y=self.measure is not grams,
+            )
+        own = self.measure not in (energies, grams)
+        if own and (parts.m or parts.n):
+            raise ValueError(
+                f"the weight of the product with {self.paths[leaf]!r} is split over devices, and a "
+                "measure of your own is a sum over tokens: take jlar.energies or jlar.grams, or "
+                "leave it out with where=."
             )
 
         def run(*operands: Any) -> tuple[Sequence[Any], PyTree]:
             keep = None if self.mask is None else self.mask.reshape(tokens)
             return [], statistics(self.measure, product, parts, keep, *operands)
 
-        key = Key(leaf, weight.cut, product.facing(weight), product.n, product.m, product.stack)
+        facing = product.facing(weight)
+        sizes = product.n, product.m, product.stack
+        key = Key(leaf, weight.cut, facing, *sizes, parts=parts)
         inputs = [eqn.invars[w], eqn.invars[x], Y, *eqn.invars[2:]]
         step = Step(run, eqn, inputs, [], key, (product, parts))
         return Part(origins, [Site(key, tokens, weight.loops)], notes, step, after=Y)
@@ -236,7 +266,7 @@ class Walk:
         leaves = frozenset().union(*(o.leaves for o in given))
         loops = frozenset().union(*(o.loops for o in given))
         first = next((o for o in given if leaves and self.main(leaves) in o.leaves), NUMBER)
-        return Origin(leaves, False, first.cut, first.layout, loops, split)
+        return first._replace(leaves=leaves, loops=loops, split=split, same_as=None, number=None)
 
     def main(self, leaves: Iterable[int]) -> int:
         """The largest of these leaves, which names what is made of all of them."""
@@ -324,6 +354,15 @@ def evaluate(
 def pooled(a: Statistics, b: Statistics) -> Statistics:
     """The sums of both, key by key."""
     return a | {k: jax.tree.map(add, a[k], b[k], is_leaf=is_pool) if k in a else b[k] for k in b}
+
+
+def summed(seen: Statistics, axes: Iterable[str]) -> Statistics:
+    """The sums over all devices along these axes."""
+    total: Statistics = {}
+    for key, value in seen.items():
+        whole = over_devices(value, key.parts, key.loops, axes)
+        total = pooled(total, {key.beyond(axes): whole})
+    return total
 
 
 def is_pool(a: Any) -> bool:

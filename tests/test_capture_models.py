@@ -1,5 +1,6 @@
 """capture on real models: value and gradients are their own, statistics those of NumPy."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -37,13 +38,6 @@ class Product(NamedTuple):
     X: Float[ndarray, "*t n"]
 
 
-class Dense(NamedTuple):
-    """A layer of the NumPy models."""
-
-    W: Float[ndarray, "m n"]
-    bias: Float[ndarray, "m"]
-
-
 class Case(NamedTuple):
     """A loss, what it is called with, and its products by path, one per layer of a stack."""
 
@@ -53,45 +47,82 @@ class Case(NamedTuple):
     products: dict[str, list[Product]]
 
 
-def dense(kernel: Array, bias: Array, inputs: int = 1) -> Dense:
-    """A kernel as flax and haiku store it, whose first axes are its inputs."""
-    n = int(np.prod(kernel.shape[:inputs]))
-    return Dense(as_float64(kernel).reshape(n, -1).T, as_float64(bias).reshape(-1))
+def filled(shapes: PyTree) -> PyTree:
+    """Random arrays of these shapes, from NumPy: JAX would compile a program for each of them."""
+    draw = np.random.default_rng(0).normal
+    fill = lambda s: jnp.asarray(0.3 * draw(size=s.shape), s.dtype)  # noqa: E731
+    return jax.tree.map(lambda s: fill(s) if isinstance(s, jax.ShapeDtypeStruct) else s, shapes)
 
 
-def perceptron(x: Array, layers: Sequence[Dense]) -> list[Product]:
+def perceptron(x: Array, layers: Sequence[eqx.nn.Linear]) -> list[Product]:
     """The products of a multi-layer perceptron with ReLU."""
     h, products = as_float64(x), []
-    for W, bias in layers:
-        products.append(Product(W, h))
-        h = np.maximum(h @ W.T + bias, 0)
+    for layer in layers:
+        products.append(Product(as_float64(layer.weight), h))
+        h = np.maximum(h @ as_float64(layer.weight).T + as_float64(layer.bias), 0)
     return products
 
 
-def transformer(
-    x: Float[Array, "b t n"], layers: Sequence[dict[str, Dense]], epsilon: float
-) -> dict[str, list[Product]]:
-    """The products of blocks of attention and a ReLU network, each behind a layer norm."""
-    products: dict[str, list[Product]] = {name: [] for name in layers[0]}
+class Names(NamedTuple):
+    """What a framework calls the parts of a block, the arrays of a matrix and those of a norm."""
 
-    def at(layer: dict[str, Dense], name: str, h: ndarray) -> ndarray:
-        products[name].append(Product(layer[name].W, h))
-        return h @ layer[name].W.T + layer[name].bias
+    parts: dict[str, str]
+    matrix: tuple[str, str] = ("kernel", "bias")
+    norm: tuple[str, str] = ("scale", "bias")
 
-    def norm(h: ndarray) -> ndarray:
+
+class Block(NamedTuple):
+    """Attention and a ReLU network, each behind a layer norm, in NumPy."""
+
+    arrays: dict[str, ndarray]
+    prefix: str
+    row: Any
+    names: Names
+    epsilon: float
+    products: dict[str, list[Product]]
+
+    def read(self, part: str, arrays: tuple[str, str]) -> list[ndarray]:
+        path = f"{self.prefix}{self.names.parts[part]}"
+        return [self.arrays[f"{path}.{name}"][self.row] for name in arrays]
+
+    def norm(self, part: str, h: ndarray) -> ndarray:
+        scale, bias = self.read(part, self.names.norm)
         centred = h - h.mean(-1, keepdims=True)
-        return centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + epsilon)
+        deviation = np.sqrt(np.mean(centred**2, -1, keepdims=True) + self.epsilon)
+        return centred / deviation * scale + bias
 
-    h = as_float64(x)
-    for layer in layers:
-        normed, split = norm(h), (*h.shape[:2], HEADS, -1)
-        q, k, v = (at(layer, name, normed).reshape(split) for name in ("query", "key", "value"))
+    def dense(self, part: str, h: ndarray) -> ndarray:
+        """The last axes of a kernel, as many as its bias has, are its outputs."""
+        kernel, bias = self.read(part, self.names.matrix)
+        W = kernel.reshape(-1, bias.size).T
+        path = f"{self.prefix}{self.names.parts[part]}.{self.names.matrix[0]}"
+        self.products.setdefault(path, []).append(Product(W, h))
+        return h @ W.T + bias.reshape(-1)
+
+    def __call__(self, h: ndarray) -> ndarray:
+        normed, split = self.norm("first", h), (*h.shape[:2], HEADS, -1)
+        q, k, v = (self.dense(part, normed).reshape(split) for part in ATTENTION[:3])
         scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(q.shape[-1])
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         mixed = np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(h.shape)
-        h = h + at(layer, "out", mixed)
-        h = h + at(layer, "down", np.maximum(at(layer, "up", norm(h)), 0))
+        h = h + self.dense("out", mixed)
+        return h + self.dense("down", np.maximum(self.dense("up", self.norm("second", h)), 0))
+
+
+def of_transformer(
+    weights: PyTree, blocks: Sequence[tuple[str, Any]], names: Names, epsilon: float
+) -> dict[str, list[Product]]:
+    """The products of a model by path; of each block the prefix of its paths, and its row there."""
+    leaves = jax.tree_util.tree_leaves_with_path(weights)
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    arrays = {
+        path.removesuffix(".value"): as_float64(leaf)
+        for path, (_, leaf) in zip(paths, leaves, strict=True)
+    }
+    h, products = as_float64(X), {}
+    for prefix, row in blocks:
+        h = Block(arrays, prefix, row, names, epsilon, products)(h)
     return products
 
 
@@ -100,8 +131,10 @@ def previous(out: Float[Array, "b t n"], x: Float[Array, "b t n"]) -> Float[Arra
     return jnp.mean(jnp.square(out - jnp.roll(x, 1, axis=1)).astype(jnp.float32))
 
 
-def mlp() -> eqx.nn.MLP:
-    return eqx.nn.MLP(WIDTH, 4, 32, depth=2, key=KEYS[1])
+@functools.cache
+def mlp(seed: int = 0) -> eqx.nn.MLP:
+    make = lambda key: eqx.nn.MLP(WIDTH, 4, 32, depth=1, key=key)  # noqa: E731
+    return eqx.filter_jit(make)(jax.random.key(seed))
 
 
 def squares(model: Callable[..., Any], x: Float[Array, "t n"]) -> Float[Array, ""]:
@@ -109,8 +142,8 @@ def squares(model: Callable[..., Any], x: Float[Array, "t n"]) -> Float[Array, "
 
 
 def of_mlp(model: eqx.nn.MLP, x: Float[Array, "t n"]) -> dict[str, list[Product]]:
-    layers = [Dense(as_float64(each.weight), as_float64(each.bias)) for each in model.layers]
-    return {f"layers.{i}.weight": [each] for i, each in enumerate(perceptron(x, layers))}
+    products = perceptron(x, model.layers)
+    return {f"layers.{i}.weight": [product] for i, product in enumerate(products)}
 
 
 def equinox_mlp() -> Case:
@@ -118,13 +151,13 @@ def equinox_mlp() -> Case:
 
 
 def scanned_decoder() -> Case:
-    model = Decoder(KEYS[1], jax.checkpoint)
+    model = filled(eqx.filter_eval_shape(Decoder, KEYS[1], jax.checkpoint))
     tokens = jax.random.randint(KEYS[2], (32, models.LENGTH), 0, models.VOCABULARY)
     products = {}
     for path, inputs in models.layer_inputs(model, tokens).items():
         layer = model.head if path == "head" else getattr(model.blocks, path.split(".")[1])
-        weights = layer.weight.reshape(-1, *layer.weight.shape[-2:])
-        products[f"{path}.weight"] = list(map(Product, map(as_float64, weights), inputs))
+        weights = as_float64(layer.weight).reshape(-1, *layer.weight.shape[-2:])
+        products[f"{path}.weight"] = list(map(Product, weights, inputs))
     loss = lambda model, tokens: models.loss_fn(model, tokens).astype(jnp.float32)  # noqa: E731
     return Case(loss, model, (tokens,), products)
 
@@ -161,9 +194,9 @@ def mixture_of_experts() -> Case:
 class LinenBlock(linen.Module):
     @linen.compact
     def __call__(self, x: Float[Array, "b t n"], _: None) -> tuple[Float[Array, "b t n"], None]:
-        h = linen.LayerNorm()(x)
+        h = linen.LayerNorm(name="first")(x)
         x = x + linen.MultiHeadDotProductAttention(HEADS, name="attention")(h)
-        h = linen.Dense(4 * WIDTH, name="up")(linen.LayerNorm()(x))
+        h = linen.Dense(4 * WIDTH, name="up")(linen.LayerNorm(name="second")(x))
         return x + linen.Dense(WIDTH, name="down")(jax.nn.relu(h)), None
 
 
@@ -174,43 +207,33 @@ class LinenModel(linen.Module):
             linen.remat(LinenBlock),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            length=3,
+            length=2,
         )
         return blocks(name="blocks")(x, None)[0]
 
 
 ATTENTION = ("query", "key", "value", "out")
-MATRICES = {**{name: f"attention.{name}" for name in ATTENTION}, "up": "up", "down": "down"}
+OTHERS = {part: part for part in ("first", "second", "up", "down")}
+FLAX = Names({**{part: f"attention.{part}" for part in ATTENTION}, **OTHERS})
 
 
 def linen_transformer() -> Case:
     model = LinenModel()
-    variables = model.init(KEYS[1], X)
-    blocks = variables["params"]["blocks"]
-    layers = []
-    for i in range(3):
-        parts = {**{name: blocks["attention"][name] for name in ATTENTION}, **blocks}
-        layers.append(
-            {
-                name: dense(parts[name]["kernel"][i], parts[name]["bias"][i], 1 + (name == "out"))
-                for name in MATRICES
-            }
-        )
-    products = transformer(X, layers, epsilon=1e-6)
-    paths = {f"params.blocks.{path}.kernel": products[name] for name, path in MATRICES.items()}
-    return Case(lambda v, x: previous(model.apply(v, x), x), variables, (X,), paths)
+    variables = filled(jax.eval_shape(model.init, KEYS[1], X))
+    products = of_transformer(variables, [("params.blocks.", i) for i in range(2)], FLAX, 1e-6)
+    return Case(lambda v, x: previous(model.apply(v, x), x), variables, (X,), products)
 
 
 class NNXBlock(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
-        self.norms = nnx.List([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)])
+        self.first, self.second = (nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2))
         self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
         self.up = nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
         self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t n"]) -> Float[Array, "b t n"]:
-        x = x + self.attention(self.norms[0](x))
-        return x + self.down(jax.nn.relu(self.up(self.norms[1](x))))
+        x = x + self.attention(self.first(x))
+        return x + self.down(jax.nn.relu(self.up(self.second(x))))
 
 
 class NNXModel(nnx.Module):
@@ -224,23 +247,9 @@ class NNXModel(nnx.Module):
 
 
 def nnx_transformer() -> Case:
-    model = NNXModel(nnx.Rngs(0))
-    graph, state = nnx.split(model)
-    layers = []
-    for block in model.blocks:
-        parts = {**{name: getattr(block.attention, name) for name in ATTENTION}}
-        parts |= {"up": block.up, "down": block.down}
-        layers.append(
-            {
-                name: dense(part.kernel[...], part.bias[...], 1 + (name == "out"))
-                for name, part in parts.items()
-            }
-        )
-    products = {
-        f"blocks.{i}.{MATRICES[name]}.kernel": [row]
-        for name, rows in transformer(X, layers, epsilon=1e-6).items()
-        for i, row in enumerate(rows)
-    }
+    graph, state = nnx.split(nnx.eval_shape(lambda: NNXModel(nnx.Rngs(0))))
+    state = filled(state)
+    products = of_transformer(state, [(f"blocks.{i}.", ...) for i in range(2)], FLAX, 1e-6)
     return Case(lambda state, x: previous(nnx.merge(graph, state)(x), x), state, (X,), products)
 
 
@@ -260,21 +269,15 @@ def haiku_transformer() -> Case:
         return HaikuBlock(name="second")(HaikuBlock(name="first")(x))
 
     model = hk.without_apply_rng(hk.transform(forward))
-    params = model.init(KEYS[1], X)
-    names = {name: f"attention/{name}" for name in ("query", "key", "value")}
-    names |= {"out": "attention/linear", "up": "mlp/~/linear_0", "down": "mlp/~/linear_1"}
-    layers = [
-        {
-            name: dense(*(params[f"{block}/{path}"][part] for part in "wb"))
-            for name, path in names.items()
-        }
-        for block in ("first", "second")
-    ]
-    products = {
-        f"{block}/{names[name]}.w": [row]
-        for name, rows in transformer(X, layers, epsilon=1e-5).items()
-        for block, row in zip(("first", "second"), rows, strict=True)
-    }
+    params = filled(jax.eval_shape(model.init, KEYS[1], X))
+    parts = {part: f"attention/{part}" for part in ATTENTION[:3]} | {"out": "attention/linear"}
+    parts |= {"first": "layer_norm", "second": "layer_norm_1"}
+    parts |= {"up": "mlp/~/linear_0", "down": "mlp/~/linear_1"}
+    names, blocks = (
+        Names(parts, ("w", "b"), ("scale", "offset")),
+        [("first/", ...), ("second/", ...)],
+    )
+    products = of_transformer(params, blocks, names, 1e-5)
     return Case(lambda params, x: previous(model.apply(params, x), x), params, (X,), products)
 
 
@@ -287,7 +290,7 @@ def partly_frozen() -> Case:
     def loss(trained: PyTree, frozen: PyTree, x: Float[Array, "t n"]) -> Float[Array, ""]:
         return squares(eqx.combine(trained, frozen), x)
 
-    name = "layers.2.weight"
+    name = "layers.1.weight"
     return Case(loss, trained, (frozen, ROWS), {name: of_mlp(model, ROWS)[name]})
 
 
@@ -326,9 +329,14 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+@functools.cache
+def made(name: str) -> Case:
+    return CASES[name]()
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request) -> Case:
-    return CASES[request.param]()
+    return made(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -339,14 +347,6 @@ def compiled(case) -> tuple[tuple[Array, dict[str, jlar.Energies]], PyTree]:
 def captured(loss: Callable[..., Any]) -> Callable[..., Any]:
     """(value, statistics), gradients."""
     return eqx.filter_value_and_grad(jlar.capture(loss), has_aux=True)
-
-
-def assert_bit_for_bit(loss: Callable[..., Any], *args: Any) -> None:
-    """Op by op, value and gradients are the loss's own."""
-    with jax.disable_jit():
-        (value, _), grads = captured(loss)(*args)
-        plain = eqx.filter_value_and_grad(loss)(*args)
-    chex.assert_trees_all_equal(*(eqx.filter(a, eqx.is_array) for a in ((value, grads), plain)))
 
 
 def assert_close(a: PyTree, b: PyTree, tolerance: float = 1e-6) -> None:
@@ -370,23 +370,31 @@ def assert_lars(
         np.testing.assert_array_equal(np.atleast_1d(lars[path].count), counts)
 
 
-def assert_right(
-    loss: Callable[..., Any], products: dict[str, list[Product]], *args: Any
-) -> dict[str, jlar.Energies]:
-    """Value, gradients and statistics, op by op and compiled."""
-    assert_bit_for_bit(loss, *args)
+def assert_right(loss: Callable[..., Any], products: dict[str, list[Product]], *args: Any) -> None:
+    """Value, gradients and statistics, compiled."""
     (value, lars), grads = eqx.filter_jit(captured(loss))(*args)
     assert_close((value, grads), eqx.filter_jit(eqx.filter_value_and_grad(loss))(*args))
     assert_lars(lars, products)
-    return lars
 
 
 def narrow(tree: PyTree, dtype: Any = jnp.bfloat16) -> PyTree:
     return jax.tree.map(lambda a: a.astype(dtype) if eqx.is_inexact_array(a) else a, tree)
 
 
+@pytest.fixture
+def quick_compilation():
+    """Op by op a model is hundreds of programs of one operation: nothing there to improve."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.mark.usefixtures("quick_compilation")
 def test_op_by_op_value_and_gradients_are_the_models_own(case):
-    assert_bit_for_bit(case.loss, case.weights, *case.args)
+    with jax.disable_jit():
+        (value, _), grads = captured(case.loss)(case.weights, *case.args)
+        plain = eqx.filter_value_and_grad(case.loss)(case.weights, *case.args)
+    chex.assert_trees_all_equal(*(eqx.filter(a, eqx.is_array) for a in ((value, grads), plain)))
 
 
 def test_compiled_value_and_gradients_are_the_models_own(case, compiled):
@@ -414,7 +422,7 @@ def arrays(model: PyTree) -> list[Array]:
 
 @pytest.mark.parametrize("given", ["closed over", "as an argument"])
 def test_a_penalty_towards_reference_weights(given):
-    reference_weights = eqx.nn.MLP(WIDTH, 4, 32, depth=2, key=KEYS[2])
+    reference_weights = mlp(seed=1)
 
     def loss(model: eqx.nn.MLP, x: Float[Array, "t n"], *towards: eqx.nn.MLP) -> Float[Array, ""]:
         pairs = zip(arrays(model), arrays([*towards, reference_weights][0]), strict=True)
@@ -430,18 +438,18 @@ def test_a_direction_drawn_per_leaf():
     def loss(model: eqx.nn.MLP, x: Float[Array, "t n"], key: PRNGKeyArray) -> Float[Array, ""]:
         leaves, structure = jax.tree.flatten(model)
         keys = iter(jax.random.split(key, len(arrays(model))))
-        drawn = [jax.random.normal(next(keys), a.shape) if eqx.is_array(a) else a for a in leaves]
+        drawn = [jax.random.uniform(next(keys), a.shape) if eqx.is_array(a) else a for a in leaves]
         # Noise of the biases alone: the matrices are still weights.
         leaves = [
             a + 0.1 * b if eqx.is_array(a) and a.ndim == 1 else a
             for a, b in zip(leaves, drawn, strict=True)
         ]
-        slope = sum(jnp.vdot(a, b) for a, b in zip(*map(arrays, (leaves, drawn)), strict=True))
+        slope = sum(jnp.sum(a * b) for a, b in zip(*map(arrays, (leaves, drawn)), strict=True))
         return squares(jax.tree.unflatten(structure, leaves), x) + 0.01 * slope
 
-    keys = jax.random.split(KEYS[3], 6)
+    keys = jax.random.split(KEYS[3], 4)
     biases = [
-        0.1 * jax.random.normal(key, a.shape) for key, a in zip(keys, arrays(mlp()), strict=True)
+        0.1 * jax.random.uniform(key, a.shape) for key, a in zip(keys, arrays(mlp()), strict=True)
     ]
     noisy = eqx.tree_at(
         lambda m: [layer.bias for layer in m.layers],
@@ -459,15 +467,11 @@ def raveled(model: eqx.nn.MLP, x: Float[Array, "t n"]) -> Float[Array, ""]:
 
 
 def test_a_model_as_one_long_vector():
-    assert_bit_for_bit(raveled, mlp(), ROWS)
     (value, lars), grads = eqx.filter_jit(captured(raveled))(mlp(), ROWS)
     assert_close((value, grads), eqx.filter_jit(eqx.filter_value_and_grad(raveled))(mlp(), ROWS))
-    wanted = {
-        reference.lar(*row): row.X.size // row.X.shape[1] for (row,) in of_mlp(mlp(), ROWS).values()
-    }
-    np.testing.assert_allclose(
-        sorted(float(e.lar) for e in lars.values()), sorted(wanted), rtol=0, atol=1e-5
-    )
+    wanted = sorted(reference.lar(*row) for (row,) in of_mlp(mlp(), ROWS).values())
+    seen = sorted(float(e.lar) for e in lars.values())
+    np.testing.assert_allclose(seen, wanted, rtol=0, atol=1e-5)
     assert all(e.count == len(ROWS) for e in lars.values())
 
 
@@ -476,9 +480,8 @@ def test_a_part_of_a_long_vector_has_the_name_of_its_array():
     assert lars.keys() == of_mlp(mlp(), ROWS).keys()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("loop", ["map", "scan"])
-def test_a_thousand_chunks_in_half_precision(dtype, loop):
+@pytest.mark.parametrize(("loop", "dtype"), [("map", jnp.bfloat16), ("scan", jnp.float16)])
+def test_a_thousand_chunks_in_half_precision(loop, dtype):
     """Sums and counts stay in float32 where the whole model is cast: 8 bits count to 256."""
     x = jax.random.normal(KEYS[4], (1000, 4, WIDTH))
 
@@ -509,7 +512,7 @@ def test_training_with_clipped_gradients_goes_the_same_way():
             _, grads = call(eqx.combine(params, static), ROWS)
             grads = eqx.filter(grads, eqx.is_array)
             updates, state = optimizer.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), optax.global_norm(grads)
+            return (optax.apply_updates(params, updates), state), optax.tree.norm(grads)
 
         (params, _), norms = jax.lax.scan(step, (start, optimizer.init(start)), None, length=200)
         return params, norms
@@ -606,7 +609,7 @@ def test_a_while_loop_pools_its_iterations(kind):
     products = {"weight": [Product(W, np.concatenate(inputs))]}
     if kind == "lax":
         value, lars = jax.jit(jlar.capture(loss))(layer, ROWS)
-        assert value == jax.jit(loss)(layer, ROWS)
+        assert_close(value, jax.jit(loss)(layer, ROWS))
         assert_lars(lars, products)
     else:
         assert_right(loss, products, layer, ROWS)
@@ -652,14 +655,11 @@ class Normed(nnx.Module):
         return self.dropout(self.norm(self.linear(x)))
 
 
-def test_what_an_nnx_module_changes_in_itself_is_kept():
-    """Running means of a batch norm, and the count from which dropout draws."""
+def test_a_module_that_changes_itself_is_refused(unchecked):
+    """Running means of a batch norm, and the count from which dropout draws, would be lost."""
     loss = lambda model, x: jnp.mean(model(x) ** 2)  # noqa: E731
-    plain, measured = Normed(nnx.Rngs(0)), Normed(nnx.Rngs(0))
-    nnx.value_and_grad(loss)(plain, ROWS)
-    nnx.value_and_grad(jlar.capture(loss), has_aux=True)(measured, ROWS)
-    assert_close(*(jax.tree.leaves(nnx.state(m, nnx.BatchStat)) for m in (measured, plain)))
-    assert measured.dropout.rngs.count[...] == plain.dropout.rngs.count[...] == 1
+    with pytest.raises(ValueError, match=r"changes one of its arguments in place.*nnx\.split"):
+        nnx.value_and_grad(jlar.capture(loss), has_aux=True)(Normed(nnx.Rngs(0)), ROWS)
 
 
 @pytest.mark.parametrize("what", ["noise", "frozen"])
@@ -696,7 +696,7 @@ def test_a_frozen_matrix_beside_its_adapters_leaves_them_their_sites():
 
 
 def test_layers_inside_flax_attention_are_reached():
-    for case in (linen_transformer(), nnx_transformer()):
+    for case in map(made, [name for name in CASES if name.startswith("flax")]):
         measured = {row.name for row in jlar.sites(case.loss)(case.weights, *case.args)}
         inside = [path for path in case.products if ".attention." in path]
         assert measured.issuperset(inside) and len(inside) >= 4
@@ -712,11 +712,9 @@ def test_every_array_is_measured_or_has_a_reason(case):
 def test_one_trace_serves_all_steps():
     traced = chex.assert_max_traces(squares, n=1)
     step = eqx.filter_jit(captured(traced))
-    (_, first), _ = step(mlp(), ROWS)
-    (_, second), _ = step(eqx.nn.MLP(WIDTH, 4, 32, depth=2, key=KEYS[5]), 2 * ROWS)
-    assert (
-        first.keys() == second.keys() and first["layers.0.weight"].x != second["layers.0.weight"].x
-    )
+    for model, x in ((mlp(), ROWS), (mlp(seed=1), 2 * ROWS)):
+        (_, lars), _ = step(model, x)
+        assert_lars(lars, of_mlp(model, x))
 
 
 def test_donated_arguments_stay_donated():
@@ -734,7 +732,7 @@ def test_donated_arguments_stay_donated():
 
 
 class Stack(linen.Module):
-    """Blocks named as flax names them; `boxed` puts metadata around their kernels, as for a mesh."""
+    """Blocks named as in flax; `boxed` puts metadata around their kernels, as for a mesh."""
 
     boxed: bool
 
@@ -765,12 +763,12 @@ def names(f: Callable[..., Any], *args: Any) -> list[str]:
 def test_paths_in_flax(boxed):
     model = Stack(boxed)
     paths = [f"params.blocks_{i}.Dense_{j}.kernel" for i in range(2) for j in range(2)]
-    assert names(model.apply, model.init(KEYS[1], ROWS), ROWS) == paths
+    assert names(model.apply, jax.jit(model.init)(KEYS[1], ROWS), ROWS) == paths
 
 
 def test_paths_in_equinox_and_in_containers():
     W = mlp().layers[0].weight
-    assert names(squares, mlp(), ROWS) == [f"layers.{i}.weight" for i in range(3)]
+    assert names(squares, mlp(), ROWS) == [f"layers.{i}.weight" for i in range(2)]
     assert names(lambda p, x: x @ p["blocks"][0]["up"].T, {"blocks": [{"up": W}]}, ROWS) == [
         "blocks.0.up"
     ]

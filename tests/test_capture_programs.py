@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from jaxtyping import Array, Float
 from numpy import ndarray
@@ -203,18 +203,19 @@ def of_weight(name: str, f: Callable[[Array], Array], g: Callable[[ndarray], nda
     return Step(name, lambda at, W: f(W), lambda env, W, record: W.to(g(W.array)))
 
 
-MAPS: dict[str, tuple[Callable[[Array], Array], Callable[[ndarray], ndarray]]] = {
+Both = tuple[Callable[[Array], Array], Callable[[ndarray], ndarray]]
+EITHER: dict[str, Both] = {
     "half": (lambda a: 0.5 * a, lambda a: 0.5 * a),
     "tanh": (jnp.tanh, np.tanh),
     "silu": (jax.nn.silu, lambda a: a / (1 + np.exp(-a))),
-    "relu": (jax.nn.relu, lambda a: np.maximum(a, 0)),
     "softmax": (jax.nn.softmax, softmax),
-    "cubed": (cubed, lambda a: a**3),
     "rms": (
         lambda a: a * jax.lax.rsqrt(jnp.mean(a**2, -1, keepdims=True) + 1e-3),
         lambda a: a / np.sqrt((a**2).mean(-1, keepdims=True) + 1e-3),
     ),
 }
+OF_WEIGHTS = EITHER | {"cubed": (cubed, lambda a: a**3)}  # of data it would explode in loops
+OF_DATA = EITHER | {"relu": (jax.nn.relu, lambda a: np.maximum(a, 0))}  # rows of W it may empty
 AROUND: dict[str, Callable[[Callable[[Array], Array]], Callable[[Array], Array]]] = {
     "nothing": lambda f: f,
     "jit": jax.jit,
@@ -585,9 +586,11 @@ class Program:
             X = X @ W.array.T
         return float(np.mean(X**2)), record
 
-    def captured(self, f: Callable[..., Any] | None = None, has_aux: bool = False) -> Any:
-        where = lambda path: int(path.split(".")[1]) not in self.left_out  # noqa: E731
-        return jlar.capture(f or self, where=where, mask=self.mask, has_aux=has_aux)
+    def chosen(self, path: str) -> bool:
+        return int(path.split(".")[1]) not in self.left_out
+
+    def captured(self, f: Callable[..., Any] | None = None) -> Callable[..., Any]:
+        return jlar.capture(f or self, where=self.chosen, mask=self.mask)
 
 
 @dataclass
@@ -604,7 +607,7 @@ class Draft:
     used: list[tuple[Weight, str, int, int]] = field(default_factory=list)
     """Weights, the forms in which they have met data, n and m."""
     sites: int = 0
-    budget: int = 7
+    budget: int = 5
     local: bool = False
     """Whether this is under vmap over tokens."""
     differentiable: bool = True
@@ -645,11 +648,11 @@ class Draft:
         """An operation that returns this shape, and the shape that it wants."""
         kinds = {
             self.rounded: 1,
-            self.transposed: len(shape) > 1,
+            self.transposed: len(shape) in (2, 3),
             self.reshaped: 1,
             self.sliced: 2,
             self.indexed: 1,
-            self.elementwise: 2,
+            self.elementwise: 2 * (len(shape) > 1),
             self.adapted: 2 * (len(shape) == 2),
             self.normalised: 1,
             self.summed: 1,
@@ -674,11 +677,13 @@ class Draft:
         return Step(f"transpose{axes}", f, numpy), tuple(shape[i] for i in np.argsort(axes))
 
     def reshaped(self, shape: Shape) -> tuple[Step, Shape]:
-        def numpy(env: Env, W: Matrix, record: Record) -> Matrix:
-            return W.to(W.array.reshape(shape))._replace(layout=f"{W.layout}.reshape{shape}")
+        whole = self.one_of((math.prod(shape),), (1, *shape))
 
-        f = lambda at, W: W.reshape(shape)  # noqa: E731
-        return Step(f"reshape{shape}", f, numpy), self.one_of((math.prod(shape),), (1, *shape))
+        def numpy(env: Env, W: Matrix, record: Record) -> Matrix:
+            layout = W.layout if whole == shape else f"{W.layout}.reshape{shape}"
+            return W.to(W.array.reshape(shape))._replace(layout=layout)
+
+        return Step(f"reshape{shape}", lambda at, W: W.reshape(shape), numpy), whole
 
     def sliced(self, shape: Shape) -> tuple[Step, Shape]:
         """A part of a fused weight."""
@@ -700,8 +705,8 @@ class Draft:
 
     def elementwise(self, shape: Shape) -> tuple[Step, Shape]:
         """A function of the weight alone, inside of some construct."""
-        name, around = self.one_of(*MAPS), self.one_of(*AROUND) if len(shape) > 1 else "nothing"
-        f, g = MAPS[name]
+        name, around = self.one_of(*OF_WEIGHTS), self.one_of(*AROUND)
+        f, g = OF_WEIGHTS[name]
         return of_weight(f"{name} in {around}", AROUND[around](f), g), shape
 
     def adapted(self, shape: Shape) -> tuple[Step, Shape]:
@@ -776,7 +781,7 @@ class Draft:
 
     def fits(self, name: str, n: int, m: int, tokens: Shape) -> bool:
         form = FORMS[name]
-        if self.local and not form.local or self.masked and name == HALVES:
+        if (self.local and not form.local) or (self.masked and name == HALVES):
             return False
         return form.fits(n, m, tokens)
 
@@ -806,8 +811,8 @@ class Draft:
         if kind == "dense":
             step, m = self.dense(tokens, n, None)
         elif kind == "activation":
-            name = self.one_of(*MAPS)
-            f, g = MAPS[name]
+            name = self.one_of(*OF_DATA)
+            f, g = OF_DATA[name]
             step = Step(name, lambda at, x: f(x), lambda env, X, record: g(X))
         elif kind == "bias":
             i = self.leaf((n,))
@@ -873,7 +878,7 @@ class Draft:
         self.loops.pop()
         if "scan" in kind:
             loop.reverse, loop.unroll = self.one_of(False, True), self.one_of(1, 2)
-        # What is carried through a checkpoint: test_a_weight_carried_through_a_checkpoint.
+        # Together: test_a_weight_carried_as_it_is_pools_whatever_is_around_the_body.
         loop.checkpoint = self.one_of(False, True) and not loop.kept
         return Step(repr(loop), loop.jax, loop.numpy)
 
@@ -884,7 +889,7 @@ def programs(draw: Callable[..., Any]) -> Program:
     draft = Draft(draw, mask is not None)
     width = draft.one_of(*WIDTHS)
     embedding = draft.leaf((VOCABULARY, width)) if draft.one_of(False, False, True) else None
-    block, m = draft.block((2, 3), width, None, 6, 3)
+    block, m = draft.block((2, 3), width, None, 5, draft.one_of(1, 2, 2, 3))
     last, _ = draft.dense((2, 3), m, width)
     return Program(
         (*block, last),
@@ -930,8 +935,10 @@ def of_dynamic_slice(p: dict, a: ndarray, *starts: ndarray) -> ndarray:
 
 def of_pad(p: dict, a: ndarray, value: ndarray) -> ndarray | None:
     low, high, between = np.transpose(p["padding_config"])
-    return None if between.any() or min(*low, *high) < 0 else np.pad(
-        a, [*zip(low, high, strict=True)], constant_values=value
+    return (
+        None
+        if between.any() or min(*low, *high) < 0
+        else np.pad(a, [*zip(low, high, strict=True)], constant_values=value)
     )
 
 
@@ -958,7 +965,7 @@ OPERATIONS: dict[str, Callable[..., ndarray | None]] = {
     "select_n": lambda p, i, *a: np.where(i, a[1], a[0]) if len(a) == 2 else None,
     "convert_element_type": lambda p, a: a.astype(p["new_dtype"]),
     "broadcast_in_dim": of_broadcast,
-    "reshape": lambda p, a: a.reshape(p["new_sizes"]),
+    "reshape": lambda p, a: a.transpose(p["dimensions"] or range(a.ndim)).reshape(p["new_sizes"]),
     "transpose": lambda p, a: a.transpose(p["permutation"]),
     "squeeze": lambda p, a: np.squeeze(a, p["dimensions"]),
     "reduce_sum": lambda p, a: a.sum(p["axes"], dtype=a.dtype),
@@ -996,8 +1003,11 @@ def operation(eqn: Any, given: list[ndarray]) -> list[Any]:
         return [*carry, *(np.stack(ys) for ys in zip(*rows, strict=True))]
     if name == "while":
         k, c, carry = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"], given
-        while stepwise(p["cond_jaxpr"], *given[:k], *carry[c:])[0]:
-            carry = [*given[:c], *stepwise(p["body_jaxpr"], *given[k:c], *carry[c:])]
+        while (go_on := stepwise(p["cond_jaxpr"], *given[:k], *carry[c:])[0]).any():
+            outs = stepwise(p["body_jaxpr"], *given[k:c], *carry[c:])
+            # Under vmap each loop has an end of its own.
+            ends = [go_on.reshape(go_on.shape + (1,) * (a.ndim - go_on.ndim)) for a in outs]
+            carry = [*given[:c], *map(np.where, ends, outs, carry[c:])]
         return carry[c:]
     if name == "cond":
         last = len(p["branches"]) - 1
@@ -1015,8 +1025,8 @@ def operation(eqn: Any, given: list[ndarray]) -> list[Any]:
 def evaluated(f: Callable[..., Any], *args: Any) -> Any:
     closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
     with np.errstate(all="ignore"):
-        outs = stepwise(closed, *jax.tree.leaves(args))
-    return jax.tree.unflatten(jax.tree.structure(shape), map(jnp.asarray, outs))
+        outs = stepwise(closed, *map(np.asarray, jax.tree.leaves(args)))
+    return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
 
 # Checks.
@@ -1027,60 +1037,68 @@ def check_statistics(program: Program, record: Record, lars: dict[str, jlar.Ener
     assert set(lars) == set(names)
     tolerance = 1e-3 if program.narrow else 1e-5
     for name, key in names.items():
-        energies, sums = lars[name], record.seen[key]
-        assert energies.n == key.n and energies.lar.dtype == jnp.float32
-        assert energies.lar.shape == key.stack, (name, energies.lar.shape, key.stack)
-        np.testing.assert_array_equal(energies.count, sums.kept, name)
-        np.testing.assert_array_equal(energies.calls, sums.calls, name)
+        energies, sums = jax.tree.map(jnp.asarray, lars[name]), record.seen[key]
+        lar, calls = np.asarray(energies.lar), np.asarray(energies.calls)
+        assert energies.n == key.n and lar.dtype == np.float32
+        assert lar.shape == key.stack, (name, lar.shape, key.stack)
+        np.testing.assert_array_equal(np.asarray(energies.count), sums.kept, name)
+        np.testing.assert_array_equal(calls, sums.calls, name)
         with np.errstate(invalid="ignore"):
             kept = sums.kept / sums.total
-        np.testing.assert_allclose(energies.keep_rate, kept, 1e-6, err_msg=name)
-        np.testing.assert_allclose(energies.lar, sums.lar(key.n), 0, tolerance, err_msg=name)
+        np.testing.assert_allclose(np.asarray(energies.keep_rate), kept, 1e-6, err_msg=name)
+        np.testing.assert_allclose(lar, sums.lar(key.n), 0, tolerance, err_msg=name)
 
 
-def check_same(result: Any, expected: Any, tolerance: float) -> None:
-    """Equal up to this part of the largest entry."""
-
-    def same(a: Array, b: Array) -> None:
-        largest = float(jnp.max(jnp.abs(b), initial=1e-30, where=jnp.isfinite(b)))
+def check_same(result: Any, expected: Any, tolerance: float = 0) -> None:
+    """Equal up to this part of the largest entry of all."""
+    result, expected = ([np.asarray(a) for a in jax.tree.leaves(b)] for b in (result, expected))
+    largest = max(np.max(np.abs(a), initial=1e-30, where=np.isfinite(a)) for a in expected)
+    for a, b in zip(result, expected, strict=True):
         np.testing.assert_allclose(a, b, 0, tolerance * largest)
-
-    jax.tree.map(same, result, expected)
 
 
 def check(program: Program) -> None:
-    args = program.arguments()
+    args, text = program.arguments(), repr(program)
     value, record = program.by_hand(*args)
     captured = program.captured()
     if not record.names():
-        with pytest.raises(ValueError, match="nothing to measure|accepts none"):
+        with pytest.raises(ValueError, match=r"nothing to measure|accepts none"):
             jax.eval_shape(captured, *args)
         return
-    # Tracing takes most of the time: the forward pass alone, and all else, is done for some.
-    draw = zlib.crc32(repr(program).encode())
+    # Most of the time goes into traces, so only some programs are checked in further ways.
+    draw = zlib.crc32(text.encode())
+    near, compiled = (1e-2, 1e-2) if program.narrow else (1e-4, 1e-5)
     if program.differentiable:
         expected = evaluated(jax.value_and_grad(program), *args)
         (same, lars), grads = evaluated(jax.value_and_grad(captured, has_aux=True), *args)
-        jax.tree.map(np.testing.assert_array_equal, (same, grads), expected)
+        check_same(same, expected[0])
+        # What flows back through a loop may be summed in another order.
+        check_same(grads, expected[1], compiled / 10 if "Loop" in text else 0)
+        check_same(same, value, near)
         check_statistics(program, record, lars)
-        check_same(same, jnp.float32(value), 1e-2 if program.narrow else 1e-4)
         if draw % 40 == 1:
             (same, lars), grads = jax.jit(jax.value_and_grad(captured, has_aux=True))(*args)
-            check_same((same, grads), expected, 1e-2 if program.narrow else 1e-5)
+            check_same((same, grads), expected, compiled)
             check_statistics(program, record, lars)
-    if draw % 4 == 0 or not program.differentiable:
+    if draw % 10 == 0 or not program.differentiable:
         same, lars = evaluated(captured, *args)
-        np.testing.assert_array_equal(same, evaluated(program, *args))
-        check_same(same, jnp.float32(value), 1e-2 if program.narrow else 1e-4)
+        check_same(same, evaluated(program, *args))
+        check_same(same, value, near)
         check_statistics(program, record, lars)
     if draw % 40 == 2:
-        check_same(captured(*args)[0], program(*args), 1e-6)
-        check_statistics(program, record, captured(*args)[1])
-    if draw % 20 == 3:
-        (same, inner), outer = evaluated(program.captured(captured), *args)
+        same, lars = captured(*args)
+        check_same(same, program(*args), compiled)
+        check_statistics(program, record, lars)
+    # The body of a custom derivative is there twice, once for the statistics of the inner capture.
+    if draw % 20 == 3 and "custom_" not in text:
+        (_, inner), outer = evaluated(program.captured(captured), *args)
         check_statistics(program, record, inner)
         check_statistics(program, record, outer)
-    if draw % 20 == 4:
+    if draw % 20 == 5:
+        rows = jlar.sites(program, where=program.chosen)(*args)
+        assert {row.path for row in rows} == {f"w.{i}" for i in range(len(program.leaves))}
+        assert {row.name for row in rows if not row.why} == set(record.names())
+    if draw % 20 == 4 and "experts" not in text:  # ragged_dot has no vmap yet
         check_batch(program, captured, *args)
 
 
@@ -1094,13 +1112,76 @@ def check_batch(program: Program, captured: Any, weights: Any, x: Array, choice:
         check_statistics(program, record, jax.tree.map(lambda a, i=i: a[i], lars))
 
 
+passed: set[str] = set()
+
+
 @settings(
     max_examples=PROGRAMS,
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=list(HealthCheck),
 )
 @given(programs())
 def test_random_programs(program):
+    # Hypothesis likes to repeat itself; 500 programs are to be different ones.
+    text = repr(program.block)
+    assume(text not in passed)
     check(program)
+    passed.add(text)
+
+
+# What the random programs leave out, for it fails.
+
+
+def weights(*shapes: Shape) -> list[Array]:
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def test_a_square_weight_used_transposed():
+    """As a transposed use of any other shape it is a matrix of its own."""
+    W, x = weights((4, 4), (6, 4))
+    _, lars = jlar.capture(lambda p, x: (x @ p["W"], x @ p["W"].T))({"W": W}, x)
+    assert {name: int(e.count) for name, e in lars.items()} == {"W": 6, "W#2": 6}
+
+
+PARTS = {
+    "dynamic_slice": lambda W, i: jax.lax.dynamic_slice_in_dim(W, 4 * i, 4),
+    "dynamic_index": lambda W, i: jax.lax.dynamic_index_in_dim(W.reshape(2, 4, 3), i, 0, False),
+    "take": lambda W, i: jnp.take(W.reshape(2, 4, 3), i, axis=0),
+    "stride": lambda W, i: W[0 : 4 : 2 + i],
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_by_numbers_in_the_program_are_matrices_of_their_own(part):
+    W, x = weights((8, 3), (6, 3))
+    f = jlar.capture(lambda p, x: [x @ PARTS[part](p["W"], i).T for i in (0, 1)])
+    _, lars = f({"W": W}, x)
+    assert [int(e.count) for e in lars.values()] == [6, 6], list(lars)
+
+
+def test_a_part_with_a_stride_is_not_called_as_the_whole():
+    W, x = weights((8, 3), (6, 3))
+    _, lars = jlar.capture(lambda p, x: x @ p["W"][::2].T)({"W": W}, x)
+    assert set(lars) != {"W"}
+
+
+def test_experts_with_a_mask():
+    """Under strict promotion, as all of the library works."""
+    W, x = weights((2, 3, 4), (6, 3))
+    mask, sizes = np.arange(6) % 2 == 0, jnp.array([2, 4], jnp.int32)
+    f = jlar.capture(lambda p, x: jax.lax.ragged_dot(x, p["W"], sizes), mask=mask)
+    assert f({"W": W}, x)[1]["W"].count.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("around", ["nothing", "jit", "checkpoint"])
+def test_a_weight_carried_as_it_is_pools_whatever_is_around_the_body(around):
+    W, x = weights((4, 4), (6, 4))
+    body = AROUND[around](lambda carry: (jnp.tanh(carry[0] @ carry[1]), carry[1]))
+
+    def f(p: dict[str, Array], x: Array) -> Array:
+        return jax.lax.scan(lambda c, _: (body(c), None), (x, p["W"]), None, length=3)[0][0]
+
+    assert jlar.capture(f)({"W": W}, x)[1]["W"].count.shape == ()

@@ -1,1 +1,1 @@
-"""Scripts of a page, one for each way to train with `jlar.capture`: python -m jlar_experiments.recipes.NAME."""
+"""How to train with `jlar.capture`, a page each: `python -m jlar_experiments.recipes.NAME`."""

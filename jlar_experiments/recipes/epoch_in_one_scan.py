@@ -11,7 +11,7 @@ import jlar
 
 OPTIMIZER = optax.adam(1e-2)
 Params = dict[str, Array]
-Carry = tuple[Params, optax.OptState]
+Carry = tuple[Any, optax.OptState]
 
 
 @jlar.capture

@@ -18,13 +18,13 @@ def error(model: eqx.nn.MLP, x: Float[Array, "t n"], y: Float[Array, "t m"]) -> 
     return jnp.mean((jax.vmap(model)(x) - y) ** 2)
 
 
-def measuring_all(trained: PyTree, frozen: PyTree, *data: Array) -> Any:
+def all_measured(trained: PyTree, frozen: PyTree, *data: Array) -> Any:
     """Capture sees the whole model; what is differentiated is decided outside of it."""
     return jlar.capture(error)(eqx.combine(trained, frozen), *data)
 
 
 @jlar.capture
-def measuring_trained(trained: PyTree, frozen: PyTree, *data: Array) -> Float[Array, ""]:
+def trained_measured(trained: PyTree, frozen: PyTree, *data: Array) -> Float[Array, ""]:
     """Capture sees the trained part as weights; the frozen part is data like x and y."""
     return error(eqx.combine(trained, frozen), *data)
 
@@ -39,22 +39,20 @@ def step(loss: Any, trained: PyTree, frozen: PyTree, state: optax.OptState, *dat
 
 def main(steps: int = 40) -> dict[str, Any]:
     """Train the last layer of an MLP; losses, and the last LAR of a frozen matrix."""
-    keys = jax.random.split(jax.random.key(0), 2)
-    x = jax.random.normal(keys[0], (64, 8))
+    x = jax.random.normal(jax.random.key(0), (64, 8))
     y = jnp.sin(x[:, :4])
-    model = eqx.nn.MLP(8, 4, 32, depth=2, key=keys[1])
+    model = eqx.nn.MLP(8, 4, 32, depth=2, key=jax.random.key(1))
     nothing = jax.tree.map(lambda _: False, model)
-    spec = eqx.tree_at(lambda m: (m.layers[-1].weight, m.layers[-1].bias), nothing, (True, True))
-    trained, frozen = eqx.partition(model, spec)
+    trained, frozen = eqx.partition(model, eqx.tree_at(lambda m: m.layers[-1], nothing, True))
     state, losses, lars = OPTIMIZER.init(trained), [], {}
     for _ in range(steps):
-        trained, state, value, lars = step(measuring_all, trained, frozen, state, x, y)
+        trained, state, value, lars = step(all_measured, trained, frozen, state, x, y)
         losses.append(float(value))
-    _, _, _, of_trained = step(measuring_trained, trained, frozen, state, x, y)
+    _, _, _, of_trained = step(trained_measured, trained, frozen, state, x, y)
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     print("all:    ", {path: f"{e.lar:.3f}" for path, e in lars.items()})
     print("trained:", {path: f"{e.lar:.3f}" for path, e in of_trained.items()})
-    W, lar = model.layers[0].weight, lars["layers.0.weight"].lar
+    lar, W = lars["layers.0.weight"].lar, model.layers[0].weight
     return {"losses": losses, "lar": lar, "W": W, "X": x, "trained": list(of_trained)}
 
 

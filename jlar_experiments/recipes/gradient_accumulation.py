@@ -49,9 +49,8 @@ def main(steps: int = 40) -> dict[str, Any]:
         losses.append(float(value))
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     for path, e in lars.items():
-        wrong = jnp.mean(each[path].lar)
-        print(f"{path}: LAR {e.lar:.4f} of {e.count} tokens; the mean of 4 LARs, {wrong:.4f}, is")
-    print("another number, for the logarithm of a sum is not the sum of logarithms.")
+        mean = jnp.mean(each[path].lar)
+        print(f"{path}: LAR of all {e.count} tokens {e.lar:.4f} (a mean of 4 LARs: {mean:.4f})")
     return {"losses": losses, "lar": lars["up"].lar, "W": before["up"].T, "X": x}
 
 

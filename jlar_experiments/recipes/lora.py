@@ -40,9 +40,8 @@ def step(adapters: Arrays, frozen: Arrays, state: optax.OptState, *data: Array) 
 def main(steps: int = 60) -> dict[str, Any]:
     """Adapt a random matrix to another; losses, and the last LAR of the sum."""
     keys = jax.random.split(jax.random.key(0), 4)
-    x, change = jax.random.normal(keys[0], (64, 16)), jax.random.normal(keys[1], (8, 16))
-    frozen = {"W": jax.random.normal(keys[2], (8, 16))}
-    y = x @ (frozen["W"] + 0.3 * change).T
+    x, frozen = jax.random.normal(keys[0], (64, 16)), {"W": jax.random.normal(keys[1], (8, 16))}
+    y = x @ (frozen["W"] + 0.3 * jax.random.normal(keys[2], (8, 16))).T
     adapters = {"A": jax.random.normal(keys[3], (2, 16)) / 4, "B": jnp.zeros((8, 2))}
     state, losses, lars, before = OPTIMIZER.init(adapters), [], {}, adapters
     for _ in range(steps):

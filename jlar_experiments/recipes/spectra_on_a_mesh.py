@@ -29,33 +29,31 @@ def step(params: Params, state: optax.OptState, *data: Array) -> Any:
 
 @jax.jit
 def spectra(params: Params, *data: Array) -> dict[str, jlar.Spectra]:
-    """p and q of each matrix: a forward pass, two Gram matrices and an `eigh`, so not each step."""
+    """p and q of each matrix, by a forward pass, two Gram matrices and an `eigh` of n x n."""
     _, grams = jlar.capture(error, measure=jlar.grams)(params, *data)
     return {path: g.spectra() for path, g in grams.items()}
 
 
 def main(steps: int = 41) -> dict[str, Any]:
-    """Train on a sine; losses, and the last LAR and spectra of the first matrix."""
-    model = 2 if jax.device_count() % 2 == 0 else 1
-    shape, axes = (jax.device_count() // model, model), (AxisType.Auto, AxisType.Auto)
-    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=axes)
+    """Train on a sine; losses, and the last spectra of the first matrix."""
+    n = jax.device_count()
+    shape = (n // 2, 2) if n % 2 == 0 else (n, 1)
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     place = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, PartitionSpec(*spec)))  # noqa: E731
     keys = jax.random.split(jax.random.key(0), 3)
-    x = place(jax.random.normal(keys[0], (16 * shape[0], 8)), "data")
+    x = place(jax.random.normal(keys[0], (16 * n, 8)), "data")
     y = jnp.sin(x[:, :4])
     up, down = jax.random.normal(keys[1], (32, 8)), jax.random.normal(keys[2], (4, 32))
     params = {"up": place(up / 3, "model"), "down": place(down / 6, None, "model")}
-    state, losses, lars, seen, before = OPTIMIZER.init(params), [], {}, {}, params
+    state, losses, seen, before = OPTIMIZER.init(params), [], {}, params
     for i in range(steps):
-        before = params
         if i % 20 == 0:
-            seen = spectra(params, x, y)
+            seen, before = spectra(params, x, y), params
             for path, s in seen.items():
                 print(f"step {i}: {path:4} p1 {s.p[0]:.2f}, q1 {s.q[0]:.2f}, LAR {s.lar:.3f}")
-        params, state, value, lars = step(params, state, x, y)
+        params, state, value, _ = step(params, state, x, y)
         losses.append(float(value))
-    result = {"losses": losses, "lar": lars["up"].lar, "W": before["up"], "X": x}
-    return {**result, "p": seen["up"].p, "q": seen["up"].q}
+    return {"losses": losses, "lar": seen["up"].lar, "W": before["up"], "X": x, "seen": seen["up"]}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,7 @@ from jaxtyping import Array, Float
 
 import jlar
 
-WIDTH, LAYERS = 16, 3
-OPTIMIZER = optax.adam(3e-3)
+WIDTH, OPTIMIZER = 16, optax.adam(3e-3)
 
 
 class Block(linen.Module):
@@ -19,15 +18,14 @@ class Block(linen.Module):
 
     @linen.compact
     def __call__(self, x: Float[Array, "b t n"], _: None) -> tuple[Float[Array, "b t n"], None]:
-        """The same shape, and nothing to stack."""
+        """What goes on to the next layer, and nothing to stack."""
         x = x + linen.MultiHeadDotProductAttention(num_heads=2, name="attention")(x)
         h = linen.Dense(4 * WIDTH, name="up")(x)
         return x + linen.Dense(WIDTH, name="down")(linen.gelu(h)), None
 
 
-MODEL = linen.scan(
-    linen.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS
-)(name="blocks")
+ROWS = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 3}
+MODEL = linen.scan(linen.remat(Block), **ROWS)()
 
 
 def error(variables: Any, x: Float[Array, "b t n"]) -> Float[Array, ""]:
@@ -38,8 +36,7 @@ def error(variables: Any, x: Float[Array, "b t n"]) -> Float[Array, ""]:
 @jax.jit
 def step(variables: Any, state: optax.OptState, x: Float[Array, "b t n"]) -> Any:
     """One step: variables, optimizer state, loss, and the energies of every matrix."""
-    loss = jlar.capture(error)
-    (value, lars), grads = jax.value_and_grad(loss, has_aux=True)(variables, x)
+    (value, lars), grads = jax.value_and_grad(jlar.capture(error), has_aux=True)(variables, x)
     updates, state = OPTIMIZER.update(grads, state, variables)
     return optax.apply_updates(variables, updates), state, value, lars
 
@@ -53,11 +50,10 @@ def main(steps: int = 40) -> dict[str, Any]:
         before = variables
         variables, state, value, lars = step(variables, state, x)
         losses.append(float(value))
-    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
-    print("\n".join(f"{name:40} {lar:.3f}" for name, lar in jlar.metrics(lars).items()))
+    lines = (f"{path:32} {[f'{lar:.3f}' for lar in e.lar]}" for path, e in lars.items())
+    print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}", *lines, sep="\n")
     W = before["params"]["attention"]["query"]["kernel"][0].reshape(WIDTH, -1).T
-    lar = lars["params.attention.query.kernel"].lar[0]
-    return {"losses": losses, "lar": lar, "W": W, "X": x}
+    return {"losses": losses, "lar": lars["params.attention.query.kernel"].lar[0], "W": W, "X": x}
 
 
 if __name__ == "__main__":
