@@ -91,7 +91,7 @@ def loss(model: Decoder, tokens: Int[Array, "b t+1"]) -> Float[Array, ""]:
 
 def plain(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
     """(loss, nothing), gradients."""
-    return eqx.filter_value_and_grad(lambda *args: (loss(*args), {}), has_aux=True)(model, tokens)
+    return eqx.filter_value_and_grad(lambda m, t: (loss(m, t), {}), has_aux=True)(model, tokens)
 
 
 def unembedding(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:

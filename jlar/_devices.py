@@ -56,33 +56,24 @@ def _axes(eqn: Any) -> tuple[str, ...]:
 
 
 def parts(
-    axes: mesh.Axes | None,
-    path: str,
-    W: frozenset[str],
-    X: frozenset[str],
-    product: Any,
-    eqns: Sequence[Any],
-    i: int,
-    *,
-    needs_Y: bool,
-) -> tuple[Parts, Any]:
-    """What splits a product of W and X that are split over these axes, and the value that is Y.
+    axes: mesh.Axes | None, path: str, W: frozenset[str], X: frozenset[str], stacked: bool
+) -> Parts:
+    """What splits a product of W and X that are split over these axes.
 
     An axis that splits W alone splits its outputs, one that splits X alone its tokens. Of one that
     splits both only `axes` can tell whether it splits the inputs of both or a stack of matrices.
     """
-    eqn = eqns[i]
     if not (W or X):
-        return NOT_SPLIT, eqn.outvars[0]
+        return NOT_SPLIT
     found: dict[str, set[str]] = {"t": set(), "m": set(), "n": set(), "stack": set()}
     said = {key: set(mesh.names(entry)) for key, entry in (axes or {}).items()}
     for axis in W | X:
         words = {key for key, names in said.items() if axis in names}
         if axis not in W or words == {"t"}:
             found["t"].add(axis)
-        elif "stack" in words and product.stack:
+        elif "stack" in words and stacked:
             found["stack"].add(axis)
-        elif axis not in X and (not product.stack or "m" in words):
+        elif axis not in X and (not stacked or "m" in words):
             found["m"].add(axis)
         elif axis in X and words == {"n"}:
             found["n"].add(axis)
@@ -92,13 +83,10 @@ def parts(
                 f"the mesh axis {axis!r} {both} of the product with {path!r}, and nothing tells "
                 f'how: write axes={{"n": {axis!r}}} if it splits the inputs, {{"m": {axis!r}}} '
                 f'the outputs, or {{"stack": {axis!r}}} a stack of matrices (experts; this product '
-                f"has {'one' if product.stack else 'none'}); or leave it out with where=."
+                f"has {'one' if stacked else 'none'}); or leave it out with where=."
             )
     names = {key: tuple(sorted(each)) for key, each in found.items()}
-    Y, scattered = (
-        _summed(eqns, i, names["n"], path) if names["n"] and needs_Y else (eqn.outvars[0], ())
-    )
-    return Parts(**names, y=(*names["t"], *names["m"], *scattered)), Y
+    return Parts(**names, y=(*names["t"], *names["m"]))
 
 
 def check(axes: mesh.Axes | None, known: set[str]) -> None:
@@ -136,22 +124,22 @@ def told(axes: mesh.Axes | None) -> Parts:
     return Parts(t=t, m=m, y=(*t, *m))
 
 
-def _summed(
-    eqns: Sequence[Any], i: int, n: tuple[str, ...], path: str
-) -> tuple[Any, tuple[str, ...]]:
-    """Y after its sum over the axes that split the inputs, and which of them split it then."""
+def outputs(parts: Parts, path: str, eqns: Sequence[Any], i: int) -> tuple[Parts, Any]:
+    """Y: the result of the i-th equation, or of the sum over the axes that split the inputs."""
     Y = eqns[i].outvars[0]
+    if not parts.n:
+        return parts, Y
     for eqn in eqns[i + 1 :]:
         places = [j for j, atom in enumerate(eqn.invars) if atom is Y]
-        if places and set(_axes(eqn)) == set(n):
+        if places and set(_axes(eqn)) == set(parts.n):
             if eqn.primitive.name in ("psum", "psum_invariant"):
-                return eqn.outvars[places[0]], ()
+                return parts, eqn.outvars[places[0]]
             if eqn.primitive.name == "reduce_scatter":
-                return eqn.outvars[0], n
+                return parts._replace(y=(*parts.y, *parts.n)), eqn.outvars[0]
     raise ValueError(
-        f"the inputs of the product with {path!r} are split over {sorted(n)}, and its result is "
-        "not summed over them by the next operation (jax.lax.psum or psum_scatter): sum it first, "
-        "take measure=jlar.grams, which needs no result, or leave it out with where=."
+        f"the inputs of the product with {path!r} are split over {sorted(parts.n)}, and its result "
+        "is not summed over them by the next operation (jax.lax.psum or psum_scatter): sum it "
+        "first, take measure=jlar.grams, which needs no result, or leave it out with where=."
     )
 
 

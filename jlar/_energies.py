@@ -48,12 +48,11 @@ class Energies(Pool):
         counts: Float[Array, "*stack_or_none 5"],
         n: int,
     ) -> "Energies":
-        """From the squares of Y, X and W, and what `Pool.counts` holds, of each or the same."""
+        """From the squares of Y, X and W, and what `Pool.limbs` returns, of each or the same."""
         like = jnp.zeros_like(squares[0])  # sharded as the stack is, where types say so
         return cls(jnp.stack([*squares, *(like + c for c in jnp.moveaxis(counts, -1, 0))], -1), n)
 
-    @property
-    def counts(self) -> Float[Array, "*stack 5"]:
+    def limbs(self) -> Float[Array, "*stack 5"]:
         """Calls, then kept and all tokens as limbs."""
         return self.sums[..., 3:]
 
@@ -150,7 +149,7 @@ def energies(
     *,
     Y: Float[ArrayLike, "*t outputs"] | None = None,
     mask: Shaped[ArrayLike, "*t"] | None = None,
-    axes: mesh.Axes | None = None,
+    axes: mesh.Axes | mesh.Split | None = None,
 ) -> Energies:
     """Sums of squares of W, X and Y = X W^T, from which LAR follows and which pool over batches.
 
@@ -197,7 +196,7 @@ def lar(
     *,
     Y: Float[ArrayLike, "*t outputs"] | None = None,
     mask: Shaped[ArrayLike, "*t"] | None = None,
-    axes: mesh.Axes | None = None,
+    axes: mesh.Axes | mesh.Split | None = None,
 ) -> Float[Array, ""]:
     r"""Log-alignment ratio of a weight matrix W and the inputs X it multiplies.
 

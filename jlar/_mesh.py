@@ -39,7 +39,7 @@ class Split(NamedTuple):
         return frozenset().union(*self)
 
 
-Axes = Mapping[str, str | tuple[str, ...]] | Split
+Axes = Mapping[str, str | tuple[str, ...]]
 """Mesh axes that split the tokens "t", outputs "m" and inputs "n" of (W, X) inside shard_map."""
 
 
@@ -48,7 +48,7 @@ def names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def split(axes: Axes | None) -> Split:
+def split(axes: Axes | Split | None) -> Split:
     """The axes as tuples, or ValueError. X is taken to be split as W, but not over axes of "t"."""
     if axes is None or isinstance(axes, Split):
         return axes or Split()

@@ -64,7 +64,7 @@ def made_by(eqn: Any, origin: Origin, given: Sequence[Origin]) -> list[Origin]:
     if name == "concatenate" and len(eqn.outvars[0].aval.shape) == 1:
         ends = list(itertools.accumulate((a.aval.size for a in eqn.invars), initial=0))
         return [origin._replace(pieces=tuple(zip(ends, ends[1:], given, strict=False)))]
-    shape = eqn.invars[0].aval.shape if eqn.invars else ()
+    shape: tuple[int, ...] = eqn.invars[0].aval.shape if eqn.invars else ()
     if name == "transpose":
         layout = ".T" if len(shape) == 2 else f".transpose{tuple(params['permutation'])}"
         # Twice transposed is not transposed.
@@ -72,22 +72,18 @@ def made_by(eqn: Any, origin: Origin, given: Sequence[Origin]) -> list[Origin]:
         return [origin._replace(layout=layout)]
     if name == "reshape":
         return [origin._replace(layout=f"{origin.layout}.reshape{tuple(params['new_sizes'])}")]
-    if name == "unstack":
-        axis = params["axis"]
-        whole = [(0, size, 1) for size in shape]
-        bounds = [[*whole[:axis], (i, i + 1, 1), *whole[axis + 1 :]] for i in range(shape[axis])]
-    elif name == "slice":
+    bounds: list[Any]
+    if name == "slice":
         strides = params["strides"] or (1,) * len(shape)
-        ends = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
-        bounds = [list(ends)]
-    elif name == "split":
-        ends = itertools.accumulate(map(int, params["sizes"]), initial=0)
+        both = zip(params["start_indices"], params["limit_indices"], strides, strict=True)
+        bounds = [list(both)]
+    elif name in ("split", "unstack"):
+        axis: int = params["axis"]
+        sizes = map(int, params.get("sizes", (1,) * shape[axis]))
+        whole = [(0, size, 1) for size in shape]
         bounds = [
-            [
-                (a, b, 1) if axis == params["axis"] else (0, size, 1)
-                for axis, size in enumerate(shape)
-            ]
-            for a, b in itertools.pairwise(ends)
+            [*whole[:axis], (start, end, 1), *whole[axis + 1 :]]
+            for start, end in itertools.pairwise(itertools.accumulate(sizes, initial=0))
         ]
     else:
         return [origin] * len(eqn.outvars)

@@ -30,7 +30,7 @@ def from_limbs(limbs: Float[ArrayLike, "*stack 2"]) -> Int[Array, "*stack"]:
 def counts(
     keep: Bool[Array, "*t"] | None, tokens: tuple[int, ...], dtype: jnp.dtype, split: mesh.Split
 ) -> Float[Array, "5"]:
-    """What `Pool.counts` holds of one call: the call, and its tokens on all devices."""
+    """What `Pool.limbs` returns of one call: the call, and its tokens on all devices."""
     total = divmod(math.prod(tokens) * mesh.size(split.t), BASE)
     if keep is None:
         return jnp.array((1, *total, *total), dtype)
@@ -48,22 +48,24 @@ class Pool(eqx.Module):
     pools over a mesh, and zeros are the neutral element.
     """
 
-    counts: eqx.AbstractVar[Float[Array, "*stack 5"]]
+    @abc.abstractmethod
+    def limbs(self) -> Float[Array, "*stack 5"]:
+        """Calls, then kept and all tokens as limbs."""
 
     @property
     def calls(self) -> Float[Array, "*stack"]:
         """How many calls were pooled."""
-        return self.counts[..., 0]
+        return self.limbs()[..., 0]
 
     @property
     def count(self) -> Int[Array, "*stack"]:
         """Tokens kept by the mask, int32: exact up to 2^31 - 1."""
-        return from_limbs(self.counts[..., 1:3])
+        return from_limbs(self.limbs()[..., 1:3])
 
     @property
     def keep_rate(self) -> Float[Array, "*stack"]:
         """Kept tokens over all tokens, in [0, 1]; nan where nothing was seen."""
-        kept_high, kept_low, high, low = jnp.moveaxis(self.counts[..., 1:], -1, 0)
+        kept_high, kept_low, high, low = jnp.moveaxis(self.limbs()[..., 1:], -1, 0)
         return (kept_high * BASE + kept_low) / (high * BASE + low)
 
     def __add__(self: P, other: P) -> P:
@@ -98,7 +100,7 @@ class Pool(eqx.Module):
 
     def _carried(self: P) -> P:
         # The same number with a low limb below BASE, so that it never saturates.
-        calls, *limbs = jnp.moveaxis(self.counts, -1, 0)
+        calls, *limbs = jnp.moveaxis(self.limbs(), -1, 0)
         for i in (0, 2):
             carry = jnp.floor(limbs[i + 1] / BASE)
             limbs[i : i + 2] = limbs[i] + carry, limbs[i + 1] - carry * BASE

@@ -15,7 +15,7 @@ from . import _mesh as mesh
 from ._devices import Parts, whole
 from ._energies import Energies, energies, energy
 from ._origin import Origin
-from ._pool import Pool, counts, to_limbs
+from ._pool import counts, to_limbs
 from ._spectra import Grams, grams, second_moments
 
 Axes = tuple[int, ...]
@@ -37,7 +37,7 @@ class Product:
         return weight.layout
 
     def counts(self, keep: Array | None, acc: Any, *_: Array) -> Float[Array, "*stack 5"]:
-        """What `Pool.counts` holds of it, once or for each matrix of a stack."""
+        """What `Pool.limbs` returns of it, once or for each matrix of a stack."""
         return counts(keep, self.tokens, acc, mesh.Split())
 
 
@@ -108,13 +108,15 @@ class Conv(Product):
     geometry: tuple[tuple[str, Any], ...]
     groups: int
 
-    def _parts(self, W: Array, Y: Array | None) -> tuple[Array, Array | None]:
-        """W as (groups, m, n) and Y as (groups, *tokens, m)."""
-        numbers = dict(self.geometry)["dimension_numbers"]
-        W = jnp.transpose(W, numbers.rhs_spec).reshape(self.groups, self.m, self.n)
-        if Y is not None:
-            Y = self._by_group(jnp.transpose(Y, numbers.out_spec), self.m)
-        return W, Y
+    def _kernel(self, W: Array) -> Array:
+        """W as (groups, m, n)."""
+        axes = dict(self.geometry)["dimension_numbers"].rhs_spec
+        return jnp.transpose(W, axes).reshape(self.groups, self.m, self.n)
+
+    def _results(self, Y: Array) -> Array:
+        """Y as (groups, *tokens, m)."""
+        axes = dict(self.geometry)["dimension_numbers"].out_spec
+        return self._by_group(jnp.transpose(Y, axes), self.m)
 
     def _by_group(self, a: Array, features: int) -> Array:
         a = a.reshape(a.shape[0], self.groups, features, *a.shape[2:])
@@ -132,11 +134,11 @@ class Conv(Product):
             precision=jax.lax.Precision.HIGHEST,
         )
         patches = self._by_group(jnp.transpose(patches, numbers.out_spec), 1)[..., 0]
-        W, Y = self._parts(W, Y)
+        W, Y = self._kernel(W), self._results(Y)
         if keep is not None:
             patches, Y = (jax.vmap(check.zero_masked, (0, None))(a, keep) for a in (patches, Y))
         x = jnp.sum(patches, axis=tuple(range(1, patches.ndim)))
-        y, w = (_over(a, (0,), acc) for a in (Y, W))
+        y, w = _over(Y, (0,), acc), _over(W, (0,), acc)
         return y.reshape(self.stack), x.reshape(self.stack), w.reshape(self.stack)
 
     def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array | None) -> Any:
@@ -149,9 +151,9 @@ class Conv(Product):
             precision=jax.lax.Precision.HIGHEST,
         )
         patches = self._by_group(jnp.transpose(patches, numbers.out_spec), self.n)
-        W, Y = self._parts(W, Y)
+        W, Y = self._kernel(W), None if Y is None else self._results(Y)
         if not self.stack:
-            W, patches, Y = jax.tree.map(lambda a: a[0], (W, patches, Y))
+            W, patches, Y = W[0], patches[0], None if Y is None else Y[0]
         return (W, patches, Y, keep), (0, 0, 0, None)
 
 
@@ -274,15 +276,16 @@ def over_devices(statistic: PyTree, parts: Parts, loops: int, axes: Iterable[str
         names = tuple(name for name in names if name in axes)
         return jax.lax.psum(a, names) if names else a
 
-    if isinstance(statistic, Pool):
-        calls, tokens = statistic.counts[..., :1], statistic.counts[..., 1:]
-        counted = jnp.concatenate([calls, add(tokens, parts.t)], axis=-1)
+    def counted(counts: Array) -> Array:
+        return jnp.concatenate([counts[..., :1], add(counts[..., 1:], parts.t)], axis=-1)
+
     if isinstance(statistic, Energies):
         e, by = statistic, (parts.y, parts.t + parts.n, parts.m + parts.n)
         squares = [add(a, names) for a, names in zip((e.y, e.x, e.w), by, strict=True)]
-        statistic = Energies.of(squares, counted, e.n)
+        statistic = Energies.of(squares, counted(e.limbs()), e.n)
     elif isinstance(statistic, Grams):
-        statistic = Grams(add(statistic.w, parts.m), add(statistic.x, parts.t), counted)
+        g = statistic
+        statistic = Grams(add(g.w, parts.m), add(g.x, parts.t), counted(g.limbs()))
     else:
         statistic = jax.tree.map(lambda a: add(a, parts.t), statistic)
     rows = tuple(name for name in parts.stack if name in axes)

@@ -97,15 +97,15 @@ class Program:
 
 
 def _pure(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f`, which may not change its arguments: it is given copies of them."""
+    """`f`, which may not change the weights in place: it is given a copy of them."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        before = jax.tree.leaves((args, kwargs))
-        result = f(*args, **kwargs)
-        after = jax.tree.leaves((args, kwargs))
+    def call(weights: PyTree, /, *args: Any, **kwargs: Any) -> Any:
+        before = jax.tree.leaves(weights)
+        result = f(weights, *args, **kwargs)
+        after = jax.tree.leaves(weights)
         if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
             raise ValueError(
-                "the function changes one of its arguments in place (as a flax NNX module does "
+                "the function changes its first argument in place (as a flax NNX module does "
                 "with its random state and running means): that would be lost. Take it apart "
                 "outside (`graph, params, rest = nnx.split(model, nnx.Param, ...)`), put it "
                 "together inside (`nnx.merge`), and return what has changed beside the loss."

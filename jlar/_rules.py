@@ -38,8 +38,8 @@ def _inlined(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     placed = partial(map, _placed)
 
     def run(*args: Any) -> tuple[Values, Statistics]:
-        args = placed(args, eqn.params.get("in_shardings", [None] * len(args)))
-        outs, seen = evaluate(plan, closed.consts, list(args))
+        given = placed(args, eqn.params.get("in_shardings", [None] * len(args)))
+        outs, seen = evaluate(plan, closed.consts, list(given))
         return list(placed(outs, eqn.params.get("out_shardings", [None] * len(outs)))), seen
 
     return _part(eqn, plan, run)

@@ -60,7 +60,8 @@ def sharded(
     def laid_out(W: ArrayLike, X: ArrayLike) -> tuple[dict[str, P], Split]:
         W_whole, X_whole = _filled("W", W, W_spec), _filled("X", X, X_spec)
         *tokens, columns = map(names, X_whole)
-        split = Split(sum(tokens, ()), *map(names, W_whole), columns)
+        m, n = map(names, W_whole)
+        split = Split(sum(tokens, ()), m, n, columns)
         token_spec = X_whole[:-1]
         of_Y, of_mask = P(*token_spec, split.outputs), P(*token_spec)
         return {"W": W_whole, "X": X_whole, "Y": of_Y, "mask": of_mask}, split

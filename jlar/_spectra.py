@@ -144,6 +144,10 @@ class Grams(Pool):
         w, x = (jnp.zeros((*stack, n, n), dtype) for _ in range(2))
         return cls(w, x, jnp.zeros((*stack, 5), dtype))
 
+    def limbs(self) -> Float[Array, "*stack 5"]:
+        """Calls, then kept and all tokens as limbs."""
+        return self.counts
+
     def _with(self, counts: Float[Array, "*stack 5"]) -> "Grams":
         return Grams(self.w, self.x, counts)
 
@@ -197,7 +201,7 @@ def grams(
     X: Float[ArrayLike, "*t inputs"],
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
-    axes: mesh.Axes | None = None,
+    axes: mesh.Axes | mesh.Split | None = None,
 ) -> Grams:
     """$W^T W$ and $X^T X$: everything the spectra and LAR need, in n x n numbers.
 
@@ -245,7 +249,7 @@ def spectra(
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
     method: Literal["gram", "svd"] = "gram",
-    axes: mesh.Axes | None = None,
+    axes: mesh.Axes | mesh.Split | None = None,
 ) -> Spectra:
     """The weight spectrum p and the activation spectrum q of inputs X on W's singular directions.
 
@@ -326,7 +330,7 @@ def alignment(
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
     method: Literal["gram", "svd"] = "gram",
-    axes: mesh.Axes | None = None,
+    axes: mesh.Axes | mesh.Split | None = None,
 ) -> Alignment:
     r"""The map (W, X) -> (p, q, LAR): two spectra and the logarithm of their overlap.
 

@@ -126,7 +126,7 @@ class Walk:
     """Whether this is inside a shard_map that does not tell what it splits (check_vma=False)."""
     quiet: bool = False
     """Whether equations that compute nothing are left out: what they print is printed already."""
-    number: Iterable[int] = field(default_factory=itertools.count)
+    number: Any = field(default_factory=itertools.count)
     plans: dict[Any, Any] = field(default_factory=dict)
     traces: dict[Any, Any] = field(default_factory=dict)
     mesh_axes: set[str] = field(default_factory=set)
@@ -152,7 +152,7 @@ class Walk:
             return of_literal(atom) if isinstance(atom, jex.Literal) else env[atom]
 
         pieces, sites, notes = [], [], []
-        waiting: dict[Any, Step] = {}
+        waiting: dict[Any, Step | None] = {}
         for i, eqn in enumerate(jaxpr.eqns):
             if self.quiet and not eqn.outvars:
                 continue
@@ -203,52 +203,58 @@ class Walk:
         weight, split = given[w], given[w].split | given[x].split
         origins = [DATA._replace(split=split) if split else DATA]
         shapes = [atom.aval.shape for atom in eqn.invars[:2]]
-        product = PRODUCTS[eqn.primitive.name](eqn.params, shapes, w == 0)
-        unfit = product if isinstance(product, str) else _unfit(product, eqn)
-        if unfit:
+        product: Any = PRODUCTS[eqn.primitive.name](eqn.params, shapes, w == 0)
+        if isinstance(product, str):
+            return Part(origins, notes=[(each, product) for each in weight.leaves])
+        if unfit := _unfit(product, eqn):
             return Part(origins, notes=[(each, unfit) for each in weight.leaves])
         leaf = self.main(weight.leaves)
         notes = [(each, f"part of {self.paths[leaf]}") for each in weight.leaves - {leaf}]
         if leaf not in self.chosen:
             return Part(origins, notes=[*notes, (leaf, "not chosen by where=")])
-        tokens = product.tokens
-        if self.mask is not None and not _merges(self.mask.shape, tokens):
-            raise ValueError(
-                f"mask of shape {self.mask.shape} does not fit the product with "
-                f"{self.paths[leaf]!r}, whose tokens have shape {tokens}: leave that one out with "
-                "where=, or give it a capture of its own without the mask."
-            )
-        if self.blind:
-            parts, Y = devices.told(self.axes), eqn.outvars[0]
-        else:
-            parts, Y = devices.parts(
-                self.axes,
-                self.paths[leaf],
-                weight.split,
-                given[x].split,
-                product,
-                eqns,
-                i,
-                needs_Y=self.measure is not grams,
-            )
-        own = self.measure not in (energies, grams)
-        if own and (parts.m or parts.n):
-            raise ValueError(
-                f"the weight of the product with {self.paths[leaf]!r} is split over devices, and a "
-                "measure of your own is a sum over tokens: take jlar.energies or jlar.grams, or "
-                "leave it out with where=."
-            )
+        self._check_mask(product.tokens, self.paths[leaf])
+        parts, Y = self._parts(leaf, weight.split, given[x].split, product, eqns, i)
 
         def run(*operands: Any) -> tuple[Sequence[Any], PyTree]:
-            keep = None if self.mask is None else self.mask.reshape(tokens)
+            keep = None if self.mask is None else self.mask.reshape(product.tokens)
             return [], statistics(self.measure, product, parts, keep, *operands)
 
-        facing = product.facing(weight)
         sizes = product.n, product.m, product.stack
-        key = Key(leaf, weight.cut, facing, *sizes, parts=parts)
+        key = Key(leaf, weight.cut, product.facing(weight), *sizes, parts=parts)
         inputs = [eqn.invars[w], eqn.invars[x], Y, *eqn.invars[2:]]
         step = Step(run, eqn, inputs, [], key, (product, parts))
-        return Part(origins, [Site(key, tokens, weight.loops)], notes, step, after=Y)
+        return Part(origins, [Site(key, product.tokens, weight.loops)], notes, step, after=Y)
+
+    def _check_mask(self, tokens: tuple[int, ...], path: str) -> None:
+        if self.mask is not None and not _merges(self.mask.shape, tokens):
+            raise ValueError(
+                f"mask of shape {self.mask.shape} does not fit the product with {path!r}, whose "
+                f"tokens have shape {tokens}: leave that one out with where=, or give it a capture "
+                "of its own without the mask."
+            )
+
+    def _parts(
+        self,
+        leaf: int,
+        W: frozenset[str],
+        X: frozenset[str],
+        product: Any,
+        eqns: Sequence[Any],
+        i: int,
+    ) -> tuple[devices.Parts, Any]:
+        """What splits a product, and the value that is its Y."""
+        path = self.paths[leaf]
+        if self.blind:
+            return devices.told(self.axes), eqns[i].outvars[0]
+        stacked, needs_Y = bool(product.stack), self.measure is not grams
+        parts = devices.parts(self.axes, path, W, X, stacked)
+        if self.measure not in (energies, grams) and (parts.m or parts.n):
+            raise ValueError(
+                f"the weight of the product with {path!r} is split over devices, and a measure of "
+                "your own is a sum over tokens: take jlar.energies or jlar.grams, or leave it out "
+                "with where=."
+            )
+        return devices.outputs(parts, path, eqns, i) if needs_Y else (parts, eqns[i].outvars[0])
 
     def joined(self, given: Sequence[Origin]) -> Origin:
         """The origin of what is computed from all of these."""
@@ -342,6 +348,8 @@ def evaluate(
         )
         eqns.append(call)
     outs = stage(_closed(inputs, results, eqns, "a program"), *values)
+    # What is written in a program is a NumPy number until something is computed with it.
+    outs = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in outs]
     count = len(jaxpr.outvars)
     seen: Statistics = {}
     rest = iter(outs[count:])

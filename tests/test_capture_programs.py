@@ -61,6 +61,7 @@ class Matrix(NamedTuple):
 class Key(NamedTuple):
     leaf: int
     cut: str
+    facing: str
     n: int
     m: int
     stack: Shape
@@ -116,7 +117,9 @@ class Record:
         data = any(a.data for a in given)
         return Matrix(array, leaves, first.cut, first.layout, loops, data)
 
-    def product(self, site: int, F: Matrix, pieces: dict[Shape, Piece], tokens: int = T) -> None:
+    def product(
+        self, site: int, F: Matrix, pieces: dict[Shape, Piece], facing: str = "", tokens: int = T
+    ) -> None:
         """A product of the weight F with data: one piece for each of its stacked matrices."""
         m, n = next(iter(pieces.values())).W.shape
         leaf = self.main(F.leaves)
@@ -124,7 +127,7 @@ class Record:
             return
         rows = [(length, i) for loop, length, i in self.loops if loop in F.loops]
         stack = (*(length for length, _ in rows), *(max(i) + 1 for i in zip(*pieces, strict=True)))
-        key = Key(leaf, F.cut, n, m, stack)
+        key = Key(leaf, F.cut, facing, n, m, stack)
         self.work.setdefault(key, {})[site] = m * tokens
         sums = self.seen.setdefault(key, Sums(stack))
         for index, piece in pieces.items():
@@ -397,7 +400,8 @@ def dense(name: str, weight: Weight, site: int, extra: int) -> Step:
     def numpy(env: Env, X: ndarray, record: Record) -> ndarray:
         F = weight.numpy(env, record)
         pieces = form.pieces(F.array, X, record.keep, extra)
-        record.product(site, F, pieces, T // 2 if name == HALVES else T)
+        facing = {nm: "nm", mn: "mn"}.get(form.shape, "")
+        record.product(site, F, pieces, facing, T // 2 if name == HALVES else T)
         return form.whole(*(X @ W.T for W, X, _ in pieces.values()))
 
     text = f"{name}({weight}{f', {extra}' if name == 'experts' else ''})"
@@ -579,7 +583,8 @@ class Program:
         env = {i: Matrix(a, frozenset({i})) for i, a in enumerate(arrays)}
         X = np.asarray(x)
         X = X.reshape(T, -1) if self.embedding is None else arrays[self.embedding][X.reshape(-1)]
-        X = by_hand(self.block, env, X.astype(np.float64), record)
+        with np.errstate(over="ignore"):  # in silu, where it is right
+            X = by_hand(self.block, env, X.astype(np.float64), record)
         if self.tied is not None:
             W = env[self.embedding]
             record.product(self.tied, W, {(): Piece(W.array, X, keep)})
@@ -656,6 +661,7 @@ class Draft:
             self.adapted: 2 * (len(shape) == 2),
             self.normalised: 1,
             self.summed: 1,
+            self.scaled: 1,
             self.spoiled: self.sites > 1,
         }
         return self.one_of(*(kind for kind, n in kinds.items() for _ in range(n)))(shape)
@@ -738,14 +744,27 @@ class Draft:
         numpy = lambda env, W, record: record.joined(env[i].array - W.array, env[i], W)  # noqa: E731
         return Step(f"{i} -", lambda at, W: at.env[i] - W, numpy), shape
 
+    def scaled(self, shape: Shape) -> tuple[Step, Shape]:
+        """Times a number of the data, which leaves it a weight: it cancels."""
+        how, f = self.one_of(
+            ("W * s", lambda W, s: W * s),
+            ("s * W", lambda W, s: s * W),
+            ("W / s", lambda W, s: W / s),
+        )
+        number = lambda choice: choice[0] + 1.5  # noqa: E731
+        numpy = lambda env, W, record: W.to(f(W.array, number(record.choice)))  # noqa: E731
+        return Step(how, lambda at, W: f(W, number(at.choice.astype(jnp.float32))), numpy), shape
+
     def spoiled(self, shape: Shape) -> tuple[Step, Shape]:
-        """Times data: no weight any more."""
+        """Times data, entry by entry: no weight any more."""
 
         def numpy(env: Env, W: Matrix, record: Record) -> Matrix:
             return W.to(W.array * (record.choice[0] + 0.5))._replace(data=True)
 
-        f = lambda at, W: W * (at.choice[0].astype(jnp.float32) + 0.5)  # noqa: E731
-        return Step("times data", f, numpy), shape
+        def of_jax(at: At, W: Array) -> Array:
+            return W * jnp.broadcast_to(at.choice[0].astype(jnp.float32) + 0.5, W.shape)
+
+        return Step("times data", of_jax, numpy), shape
 
     def dense(self, tokens: Shape, n: int, m: int | None) -> tuple[Step, int]:
         """A product, at times with a weight that has been used before."""
@@ -768,16 +787,13 @@ class Draft:
         return dense(form, weight, self.site(), self.one_of(0, 2, 3)), m
 
     def again(self, name: str, a: int, b: int, n: int) -> list[tuple[str, int]]:
-        """Forms in which a weight can be used again: also transposed, unless it is square.
-
-        (A square one pools with its transpose: test_a_square_weight_used_transposed.)
-        """
+        """Forms in which a weight (n, m) = (a, b) can be used again: also transposed."""
         shape = FORMS[name].shape
         if shape not in (nm, mn):
             return [(name, b)] if n == a else []
         same = [(form, b) for form in FORMS if FORMS[form].shape is shape and n == a]
         other = mn if shape is nm else nm
-        return same + [(f, a) for f in FORMS if FORMS[f].shape is other and n == b != a]
+        return same + [(f, a) for f in FORMS if FORMS[f].shape is other and n == b]
 
     def fits(self, name: str, n: int, m: int, tokens: Shape) -> bool:
         form = FORMS[name]
@@ -878,8 +894,7 @@ class Draft:
         self.loops.pop()
         if "scan" in kind:
             loop.reverse, loop.unroll = self.one_of(False, True), self.one_of(1, 2)
-        # Together: test_a_weight_carried_as_it_is_pools_whatever_is_around_the_body.
-        loop.checkpoint = self.one_of(False, True) and not loop.kept
+        loop.checkpoint = self.one_of(False, True)
         return Step(repr(loop), loop.jax, loop.numpy)
 
 
@@ -1089,8 +1104,7 @@ def check(program: Program) -> None:
         same, lars = captured(*args)
         check_same(same, program(*args), compiled)
         check_statistics(program, record, lars)
-    # The body of a custom derivative is there twice, once for the statistics of the inner capture.
-    if draw % 20 == 3 and "custom_" not in text:
+    if draw % 20 == 3:
         (_, inner), outer = evaluated(program.captured(captured), *args)
         check_statistics(program, record, inner)
         check_statistics(program, record, outer)
@@ -1131,7 +1145,7 @@ def test_random_programs(program):
     passed.add(text)
 
 
-# What the random programs leave out, for it fails.
+# What random programs have shown, and what they leave out.
 
 
 def weights(*shapes: Shape) -> list[Array]:
@@ -1185,3 +1199,23 @@ def test_a_weight_carried_as_it_is_pools_whatever_is_around_the_body(around):
         return jax.lax.scan(lambda c, _: (body(c), None), (x, p["W"]), None, length=3)[0][0]
 
     assert jlar.capture(f)({"W": W}, x)[1]["W"].count.shape == ()
+
+
+def test_a_reshaped_weight_used_in_two_ways():
+    """Whether W or its transposed is contracted, written in one way or another."""
+    w, x = weights((12,), (6, 3))
+
+    def f(p: dict[str, Array], x: Array) -> list[Array]:
+        W = p["w"].reshape(4, 3)
+        return [x @ W.T, jnp.einsum("tn,mn->tm", x, W)]
+
+    _, lars = jlar.capture(f)({"w": w}, x)
+    assert {name: int(e.count) for name, e in lars.items()} == {"w": 12}
+
+
+@pytest.mark.parametrize("f", [lambda W, s: W * s, lambda W, s: s * W, lambda W, s: W / s])
+def test_a_weight_times_a_number_of_the_data(f):
+    """It cancels, on whichever side it stands."""
+    W, x = weights((4, 3), (6, 3))
+    _, lars = jlar.capture(lambda p, x, s: x @ f(p["W"], s).T)({"W": W}, x, jnp.float32(2))
+    np.testing.assert_allclose(lars["W"].lar, jlar.lar(W, x), rtol=1e-5)
