@@ -46,7 +46,8 @@ def capture(
       `jax.vmap(capture(f))` keeps them apart.
     - The body of a `custom_jvp` or `custom_vjp` is evaluated a second time for its statistics;
       XLA merges both unless the forward rule of the derivative computes something else. A callback
-      that returns something is called twice there.
+      that returns something is called twice there. As under `jax.jit`, such a function may not
+      close over an argument of `f`.
     - Capture the loss, not the training step: the products of a backward pass have the same form.
     - A flax NNX module changes itself, which is refused: capture a function of `nnx.split` parts.
 
@@ -68,7 +69,8 @@ def capture(
         where: what to measure: a predicate on paths, or a pattern or list of patterns such as
             "*.mlp.*" (as in `fnmatch`). Default: everything.
         mask: 0/1 or bool, one per token, for all products measured: their token axes have to be
-            those of the mask, or some of them merged. Tokens with 0 do not count, even if nan.
+            those of the mask, or some of them merged. Tokens with 0 do not count, even if nan. (Two
+            axes of equal length are told apart by their order alone.)
         axes: inside `jax.shard_map`, what the types do not tell. An axis that splits only W or only
             X needs no word. Where one splits both, `{"n": "model"}` says that it splits the inputs;
             where it splits a stack of matrices, `{"stack": "expert"}` says that it splits them by

@@ -54,10 +54,10 @@ class Dot(Product):
 
     def facing(self, weight: Origin) -> str:
         """The contracted axes; of a transposed matrix those that they were."""
-        axes, matrix = self.W[2], sum(map(len, self.W)) == 2
-        if matrix and weight.layout == ".T":
-            return str(tuple(1 - axis for axis in axes))
-        return weight.layout + str(axes)
+        axes, layout, matrix = self.W[2], weight.layout, sum(map(len, self.W)) == 2
+        if matrix and layout.endswith(".T"):
+            return layout.removesuffix(".T") + str(tuple(1 - axis for axis in axes))
+        return layout + str(axes)
 
     def squares(self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array) -> Squares:
         """Those of Y, X and W, over their axes as they lie: nothing is transposed or merged."""

@@ -185,9 +185,10 @@ class Walk:
         """An equation that is no product of a weight with data and has none inside."""
         if eqn.primitive.name in ONE_TO_ONE and len(given) == len(eqn.outvars):
             return Part(devices.after(eqn, given))
-        if eqn.primitive.name in ("mul", "div") and given[0].leaves and given[1].data:
-            if eqn.invars[1].aval.size == 1 < eqn.invars[0].aval.size:
-                given = given[:1]  # A scalar on W cancels, wherever it comes from.
+        if eqn.primitive.name in ("mul", "div"):
+            # A scalar on W cancels, wherever it comes from.
+            sizes = [atom.aval.size for atom in eqn.invars]
+            given = [o for o, size in zip(given, sizes, strict=True) if size == max(sizes)]
         joined = self.joined(given)
         if joined.leaves:
             origins = made_by(eqn, joined, given)
