@@ -188,8 +188,10 @@ class Walk:
         if eqn.primitive.name in ("mul", "div"):
             # A scalar on W cancels, wherever it comes from.
             sizes = [atom.aval.size for atom in eqn.invars]
-            given = [o for o, size in zip(given, sizes, strict=True) if size == max(sizes)]
-        joined = self.joined(given)
+            large = [o for o, size in zip(given, sizes, strict=True) if size == max(sizes)]
+        else:
+            large = given
+        joined = self.joined(large)
         if joined.leaves:
             origins = made_by(eqn, joined, given)
             notes = ()

@@ -2020,6 +2020,12 @@ def test_loops_without_jit(name):
     assert_seen(lars, rows)
 
 
+def test_a_scalar_on_data_is_a_gain():
+    f = lambda w, x: w["s"] * x @ w["w"]  # noqa: E731
+    table = {row.path: row for row in jlar.sites(f)({"w": W, "s": jnp.float32(2)}, X)}
+    assert "gain" in table["s"].why and table["w"].n == N
+
+
 def test_results_are_arrays():
     """Of JAX, all of them, also where they do not depend on the input."""
     _, lars = jlar.capture(block)(BLOCK, jnp.asarray(X))
