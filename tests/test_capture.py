@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import equinox as eqx
 import equinox.internal as eqxi
 import jax
@@ -2018,6 +2019,18 @@ def test_loops_without_jit(name):
         _, lars = jlar.capture(case.f)(arrays(case.weights), *arrays(case.args))
     rows = {f"w[{i}]": row for i, row in enumerate(case.seen["w"])}
     assert_seen(lars, rows)
+
+
+def test_without_the_private_name(monkeypatch):
+    """Where JAX has it no longer, the equations are traced again, to the same numbers."""
+    wanted = jax.jit(jax.value_and_grad(jlar.capture(summed_block), has_aux=True))(BLOCK, X)
+    monkeypatch.setattr(jlar._stage, "eval_jaxpr_p", None)
+    got = jax.jit(jax.value_and_grad(jlar.capture(summed_block), has_aux=True))(BLOCK, X)
+    chex.assert_trees_all_close(got, wanted, rtol=1e-6)
+
+
+def summed_block(w, x):
+    return jnp.sum(jnp.sin(block(w, x)))
 
 
 def test_a_scalar_on_data_is_a_gain():
