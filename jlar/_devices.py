@@ -28,7 +28,7 @@ class Parts(NamedTuple):
     n: tuple[str, ...] = ()
     """Its inputs, of W and of X."""
     y: tuple[str, ...] = ()
-    """Y, by tokens, outputs, or as a sum over the inputs is scattered."""
+    """Y: what splits tokens or outputs, and inputs if a reduce_scatter sums over them."""
     stack: tuple[str, ...] = ()
     """The stacked matrices."""
 
@@ -138,12 +138,12 @@ def outputs(parts: Parts, path: str, eqns: Sequence[Any], i: int) -> tuple[Parts
                 return parts._replace(y=(*parts.y, *parts.n)), eqn.outvars[0]
     raise ValueError(
         f"the inputs of the product with {path!r} are split over {sorted(parts.n)}, and its result "
-        "is not summed over them by the next operation (jax.lax.psum or psum_scatter): sum it "
+        "is not summed over them as it is (by jax.lax.psum or psum_scatter): sum it "
         "first, take measure=jlar.grams, which needs no result, or leave it out with where=."
     )
 
 
 def whole(a: Array, axes: Iterable[str]) -> Array:
-    """`a`, which is the same along these axes, with a type that says so."""
+    """`a`, which is equal along these axes; their mean tells JAX so."""
     varying = tuple(mesh.varying(a).intersection(axes))
     return jax.lax.pmean(a, varying) if varying else a

@@ -1,4 +1,4 @@
-"""What a weight is picked by: `W[i]` for a number i that is written in the program."""
+"""Lookups in a weight by an index that is not data: `W[i]` for a number or a loop counter i."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,13 +13,24 @@ LOOKUPS = ("dynamic_slice", "gather")
 
 
 def picked(
-    given: Sequence[Origin], eqn: Any, before: Sequence[Any], read: Callable[[Any], Origin]
+    known: dict[Any, list[Any]],
+    given: Sequence[Origin],
+    eqn: Any,
+    before: Sequence[Any],
+    read: Callable[[Any], Origin],
 ) -> Origin:
-    """The part of a weight that is picked by numbers; in a loop another one each time."""
+    """The part of a weight that is looked up; in a loop another one each time."""
     origin = given[0]._replace(same_as=None)
     loops = origin.loops.union(*(o.loops for o in given[1:]))
-    if loops != origin.loops:
-        return origin._replace(loops=loops)
+    split = origin.split.union(*(o.split for o in given[1:]))
+    if (loops, split) != (origin.loops, origin.split):
+        # Lookups by different values are different matrices, whatever these are.
+        by = [a.val if isinstance(a, jex.Literal) else id(a) for a in eqn.invars[1:]]
+        seen = known.setdefault((origin.leaves, origin.cut), [])
+        seen += [] if by in seen else [by]
+        number = seen.index(by) + 1
+        cut = origin.cut + (f"[lookup {number}]" if number > 1 else "")
+        return origin._replace(loops=loops, split=split, cut=cut)
     index, shape = _numbers(eqn.invars[1:], before, read), eqn.invars[0].aval.shape
     name, params = eqn.primitive.name, eqn.params
     if index is not None and name == "dynamic_slice":

@@ -11,7 +11,7 @@ class Origin(NamedTuple):
     """What a value is made of: a weight has leaves and is not data."""
 
     leaves: frozenset[int] = frozenset()
-    """The weights it comes from; of data none is kept."""
+    """The weights it comes from, by number; none for data."""
     data: bool = False
     """Whether it comes from anything else than weights and numbers written in the program."""
     cut: str = ""
@@ -21,7 +21,7 @@ class Origin(NamedTuple):
     loops: frozenset[int] = frozenset()
     """The scans in which it is another weight in each iteration."""
     same_as: tuple[int, int] | None = None
-    """The loop, and which value it carries, that this is as it came in; lost by any operation."""
+    """The loop and the place among its carried values that this is, unchanged since it came in."""
     split: frozenset[str] = frozenset()
     """The mesh axes along which the devices of a shard_map hold different parts of it."""
     number: int | None = None
@@ -42,9 +42,11 @@ def of_literal(literal: Any) -> Origin:
     return Origin(number=int(literal.val)) if whole else NUMBER
 
 
-def why(eqn: Any) -> str:
-    """What becomes of a weight that meets data in an equation that is no product."""
+def why(eqn: Any, i: int) -> str:
+    """What becomes of a weight, operand i, that meets data in an equation that is no product."""
     name = eqn.primitive.name
+    if i and name in ("gather", "dynamic_slice"):
+        return "indexes data"
     return _REASONS.get(name, f"meets data in {name!r}, which is no product")
 
 

@@ -1,5 +1,6 @@
 """The trace of one call of a function: which arrays are weights, and what they are called."""
 
+import collections
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
@@ -44,7 +45,10 @@ class Program:
             for i, leaf in enumerate(self.leaves)
         ]
         origins += [DATA] * (len(values) - len(leaves))
-        origins = [o._replace(split=split) for o, split in zip(origins, splits, strict=True)]
+        origins = [
+            o._replace(split=split) if split else o
+            for o, split in zip(origins, splits, strict=True)
+        ]
         walk = Walk(
             paths=self.paths,
             sizes=[leaf.size for leaf in self.leaves],
@@ -56,10 +60,10 @@ class Program:
             blind=_blind(),
         )
         self.manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
-        walk.mesh_axes.update(self.manual)
+        walk.mesh_axes.update({axis: jax.lax.axis_size(axis) for axis in self.manual})
         given = len(self.inputs)
         self.plan = walk.plan(self.closed.jaxpr, origins[:given], origins[given:])
-        devices.check(axes, walk.mesh_axes)
+        devices.check(axes, set(walk.mesh_axes))
 
     def run(self) -> tuple[Any, dict[str, PyTree]]:
         """What the function returns, and the statistics by name."""
@@ -80,7 +84,7 @@ class Program:
         """A name for each matrix: the path of its leaf, and which part of it.
 
         Where one leaf is several matrices (a tied one, of which the transposed multiplies as well),
-        the one with the largest product has the plain name.
+        the one with the most outputs times tokens has the plain name.
         """
         work: dict[Key, int] = {}
         for site in self.plan.sites:
@@ -97,7 +101,7 @@ class Program:
 
 
 def _pure(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f`, which may not change the weights in place: it is given a copy of them."""
+    """`f`, which may not change the weights in place: what it is given are tracers of its own."""
 
     def call(weights: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         before = jax.tree.leaves(weights)
@@ -139,16 +143,17 @@ def _is_array(a: Any) -> bool:
 
 def _names(paths: list[tuple[Any, ...]]) -> list[str]:
     """The paths as one would write them; those that would read alike as Python's indexing."""
-    names = list(map(_dotted, paths))
+    alone = collections.Counter(path[:-1] for path in paths)
+    names = [_dotted(path, alone) for path in paths]
     return [
         jax.tree_util.keystr(path) if names.count(name) > 1 else name
         for name, path in zip(names, paths, strict=True)
     ]
 
 
-def _dotted(path: tuple[Any, ...]) -> str:
-    # The boxes that flax puts around arrays do not count.
-    while path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+def _dotted(path: tuple[Any, ...], alone: collections.Counter[Any]) -> str:
+    # The boxes that flax puts around arrays have one attribute, and do not count.
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value") and alone[path[:-1]] == 1:
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator=".") or "weights"
 

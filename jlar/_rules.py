@@ -33,7 +33,7 @@ def _inlined(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     """jit and its like: the program inside, in place of the call."""
     closed = _closed(eqn)
     if closed.jaxpr.debug_info.func_src_info == STATISTICS:  # of a capture inside of this one
-        return walk.plain(eqn, [DATA])
+        return walk.plain(eqn, [DATA])  # what it computes depends on data, and ends here
     plan = walk.plan(closed.jaxpr, given)
     placed = partial(map, _placed)
 
@@ -51,8 +51,9 @@ def _placed(a: Any, place: Any) -> Any:
 
 
 def _remat(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
-    """A block that is recomputed; its statistics are results of it, so they are not."""
-    closed, plan = _closed(eqn), walk.plan(_closed(eqn).jaxpr, given)
+    """A block recomputed in the backward pass; its statistics are returned, not recomputed."""
+    closed = _closed(eqn)
+    plan = walk.plan(closed.jaxpr, given)
     block = jax.checkpoint(
         lambda *args: evaluate(plan, closed.consts, args),
         prevent_cse=eqn.params["prevent_cse"],
@@ -67,10 +68,12 @@ def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     The statistics come from a second, silent evaluation without derivative, which XLA merges with
     the first unless the rule for the derivative computes something else.
     """
-    closed, walk = _closed(eqn), walk.silent()
-    plan = walk.plan(closed.jaxpr, given)
+    if walk.quiet:  # this is that evaluation
+        return _inlined(walk, eqn, given)
     if not eqn.outvars:
         return walk.plain(eqn, given)
+    closed, walk = _closed(eqn), walk.silent()
+    plan = walk.plan(closed.jaxpr, given)
 
     def run(*args: Any) -> tuple[Values, Statistics]:
         return [], evaluate(plan, closed.consts, jax.lax.stop_gradient(args))[1]
@@ -84,7 +87,7 @@ def _scan(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
     p, closed, loop = eqn.params, eqn.params["jaxpr"], next(walk.number)
     k, c = p["num_consts"], p["num_carry"]
     plan, origins = _fixed_point(walk, closed.jaxpr, given, k, c, loop)
-    rows = {site.key for site in plan.sites if loop in site.loops}
+    rows = {site.key for site in plan.sites if loop in site.key.varies}
 
     def run(*args: Any) -> tuple[Values, Statistics]:
         def once(*inputs: Any) -> tuple[Values, Statistics, Statistics]:
@@ -110,13 +113,13 @@ def _scan(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
         return [*carry, *ys], pooled(seen, {stacked(key): each[key] for key in each})
 
     def stacked(key: Key) -> Key:
-        return key._replace(stack=(p["length"], *key.stack), loops=key.loops + 1)
+        stack, varies = (p["length"], *key.stack), tuple(v for v in key.varies if v != loop)
+        return key._replace(stack=stack, loops=key.loops + 1, varies=varies)
 
     def outside(site: Site) -> Site:
-        if loop not in site.loops:
+        if site.key not in rows:
             return site.inside(f"scan of {p['length']}, pooled")
-        what, loops = f"scan of {p['length']}", site.loops - {loop}
-        return site.inside(what, key=stacked(site.key), loops=loops)
+        return site.inside(f"scan of {p['length']}", key=stacked(site.key))
 
     sites = list(map(outside, plan.sites))
     return Part(origins, sites, plan.notes, Step(run, eqn, eqn.invars, eqn.outvars))
@@ -144,9 +147,15 @@ def _while(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
 
         zeros = _zeros(lambda *a: once(*a)[1], body.jaxpr.invars[c - k :])
         seen, outs = jax.lax.while_loop(go_on, step, (zeros, list(args[c:])))
-        return outs, seen
+        total: Statistics = {}
+        for key, value in seen.items():
+            total = pooled(total, {pooled_key(key): value})
+        return outs, total
 
-    sites = [s.inside("while, pooled", loops=s.loops - {loop}) for s in plan.sites]
+    def pooled_key(key: Key) -> Key:
+        return key._replace(varies=tuple(v for v in key.varies if v != loop))
+
+    sites = [s.inside("while, pooled", key=pooled_key(s.key)) for s in plan.sites]
     return Part(origins, sites, [*plan.notes, *notes], Step(run, eqn, eqn.invars, eqn.outvars))
 
 
@@ -229,7 +238,7 @@ def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Part:
         o._replace(split=o.split | set(sum(map(mesh.names, spec), ())))
         for o, spec in zip(given, p["in_specs"], strict=True)
     ]
-    walk.mesh_axes.update(axes)
+    walk.mesh_axes.update({axis: p["mesh"].shape[axis] for axis in axes})
     plan = walk.plan(closed.jaxpr, inside)
 
     def local(*args: Any) -> tuple[Values, Statistics]:

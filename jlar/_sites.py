@@ -92,6 +92,8 @@ def _unseen(program: Program, i: int) -> str:
         return "a random key"
     variable = program.closed.jaxpr.invars[i]
     used = any(variable is atom for eqn in program.closed.jaxpr.eqns for atom in eqn.invars)
+    if any(variable is atom for atom in program.closed.jaxpr.outvars):
+        return "returned as it is"
     return "never meets data" if used else "not used"
 
 

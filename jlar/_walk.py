@@ -6,6 +6,7 @@ the statistics of the sites.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import add
@@ -40,15 +41,17 @@ class Key(NamedTuple):
     leaf: int
     cut: str
     facing: str
-    """Which axes of it are the inputs: a matrix and its transposed are two."""
+    """Which axes are the inputs: W and W.T are two matrices."""
     n: int
     m: int
     stack: tuple[int, ...]
     """First the lengths of loops around the product, then what it stacks itself."""
     loops: int = 0
-    """How many of them are those of loops."""
+    """How many leading axes of `stack` come from loops."""
     parts: devices.Parts = devices.NOT_SPLIT
     """What splits the product over devices; one device's share is summed in the end."""
+    varies: tuple[int, ...] = ()
+    """The enclosing scans in which it is another matrix in each iteration."""
 
     def beyond(self, axes: Iterable[str]) -> "Key":
         """The key where these mesh axes have ended."""
@@ -60,7 +63,6 @@ class Site(NamedTuple):
 
     key: Key
     tokens: tuple[int, ...]
-    loops: frozenset[int]
     through: tuple[str, ...] = ()
     """The control flow around it, innermost first."""
 
@@ -123,14 +125,16 @@ class Walk:
     rules: Mapping[str, Callable[["Walk", Any, list[Origin]], Part]]
     """How the primitives that hold programs of their own are walked."""
     blind: bool = False
-    """Whether this is inside a shard_map that does not tell what it splits (check_vma=False)."""
+    """Whether capture was called in a shard_map that tells nothing (check_vma=False)."""
     quiet: bool = False
-    """Whether equations that compute nothing are left out: what they print is printed already."""
+    """Whether this is a second evaluation, which leaves out what computes nothing but prints."""
     number: Any = field(default_factory=itertools.count)
     plans: dict[Any, Any] = field(default_factory=dict)
     traces: dict[Any, Any] = field(default_factory=dict)
-    mesh_axes: set[str] = field(default_factory=set)
-    """Those over which a shard_map splits something, here or inside."""
+    mesh_axes: dict[str, int] = field(default_factory=dict)
+    """The sizes of those over which a shard_map splits something, here or inside."""
+    lookups: dict[Any, list[Any]] = field(default_factory=dict)
+    """By what each weight is looked up in loops."""
 
     def silent(self) -> "Walk":
         """The walk of a second evaluation."""
@@ -170,7 +174,7 @@ class Walk:
         self, given: list[Origin], eqns: Sequence[Any], i: int, read: Callable[[Any], Origin]
     ) -> Part:
         eqn, name = eqns[i], eqns[i].primitive.name
-        if name in PRODUCTS and bool(given[0].leaves) != bool(given[1].leaves):
+        if name in PRODUCTS and any(o.leaves for o in given[:2]) and any(o.data for o in given[:2]):
             return self._product(given, eqns, i)
         if name in self.rules:
             part = self.rules[name](self, eqn, given)
@@ -178,13 +182,14 @@ class Walk:
             stays = part.sites or (self.quiet and eqn.effects)
             return part if stays else part._replace(step=None, after=None)
         if name in LOOKUPS and given[0].leaves and not self.joined(given[1:]).data:
-            return Part([picked(given, eqn, eqns[:i], read)])
+            return Part([picked(self.lookups, given, eqn, eqns[:i], read)])
         return self.plain(eqn, given)
 
     def plain(self, eqn: Any, given: list[Origin]) -> Part:
         """An equation that is no product of a weight with data and has none inside."""
         if eqn.primitive.name in ONE_TO_ONE and len(given) == len(eqn.outvars):
-            return Part(devices.after(eqn, given))
+            plain = [o._replace(same_as=None, number=None, pieces=()) for o in given]
+            return Part(devices.after(eqn, plain))
         if eqn.primitive.name in ("mul", "div"):
             # A scalar on W cancels, wherever it comes from.
             sizes = [atom.aval.size for atom in eqn.invars]
@@ -194,10 +199,11 @@ class Walk:
         joined = self.joined(large)
         if joined.leaves:
             origins = made_by(eqn, joined, given)
-            notes = ()
+            alone = eqn.primitive.name in PRODUCTS and not all(o.leaves for o in given[:2])
+            notes = [(leaf, NUMBERS_ONLY) for leaf in joined.leaves if alone]
         else:
             origins = [joined] * len(eqn.outvars)
-            notes = [(leaf, why(eqn)) for o in given for leaf in o.leaves]
+            notes = [(leaf, why(eqn, i)) for i, o in enumerate(given) for leaf in o.leaves]
         return Part(devices.after(eqn, origins), notes=notes)
 
     def _product(self, given: list[Origin], eqns: Sequence[Any], i: int) -> Part:
@@ -222,11 +228,15 @@ class Walk:
             keep = None if self.mask is None else self.mask.reshape(product.tokens)
             return [], statistics(self.measure, product, parts, keep, *operands)
 
-        sizes = product.n, product.m, product.stack
-        key = Key(leaf, weight.cut, product.facing(weight), *sizes, parts=parts)
+        n, m = (
+            size * math.prod(self.mesh_axes[axis] for axis in axes)
+            for size, axes in ((product.n, parts.n), (product.m, parts.m))
+        )
+        varies, facing = tuple(sorted(weight.loops)), product.facing(weight)
+        key = Key(leaf, weight.cut, facing, n, m, product.stack, parts=parts, varies=varies)
         inputs = [eqn.invars[w], eqn.invars[x], Y, *eqn.invars[2:]]
         step = Step(run, eqn, inputs, [], key, (product, parts))
-        return Part(origins, [Site(key, product.tokens, weight.loops)], notes, step, after=Y)
+        return Part(origins, [Site(key, product.tokens)], notes, step, after=Y)
 
     def _check_mask(self, tokens: tuple[int, ...], path: str) -> None:
         if self.mask is not None and not _merges(self.mask.shape, tokens):
@@ -379,6 +389,12 @@ def summed(seen: Statistics, axes: Iterable[str]) -> Statistics:
 def is_pool(a: Any) -> bool:
     """Whether it has an addition of its own, which does not let counts saturate."""
     return isinstance(a, Pool)
+
+
+NUMBERS_ONLY = (
+    "multiplies numbers written in the program, which makes another weight of it: pass them as an "
+    "argument if they are data"
+)
 
 
 def _unfit(product: Product, eqn: Any) -> str:

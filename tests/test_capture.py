@@ -2021,6 +2021,64 @@ def test_loops_without_jit(name):
     assert_seen(lars, rows)
 
 
+def test_a_weight_times_numbers_of_the_program_is_a_weight():
+    """As x @ (W I), which is measured where x multiplies it, and not against I."""
+    _, lars = jlar.capture(lambda w, x: x @ (w["w"] @ jnp.eye(M)))({"w": jnp.asarray(W)}, X)
+    assert_seen(lars, {"w": (W.T, X)})
+
+
+def test_one_leaf_carried_and_closed_over():
+    """The first is another matrix in each iteration, the second the same one."""
+
+    def f(w, xs):
+        return jax.lax.scan(lambda v, x: (0.9 * v, x @ v + x @ w), w, xs)[1]
+
+    xs = np.stack([X, X + 1])
+    _, lars = jlar.capture(f)(jnp.asarray(SQUARE), jnp.asarray(xs))
+    rows, once = sorted(lars.values(), key=lambda e: -e.lar.ndim)
+    assert rows.count.tolist() == [T, T] and once.count == 2 * T
+    np.testing.assert_allclose(once.lar, reference.lar(SQUARE.T, xs.reshape(-1, N)), rtol=1e-5)
+
+
+def test_two_lookups_in_one_loop():
+    """Each layer has two of four matrices."""
+    B = np.stack([SQUARE, SQUARE.T, SQUARE + 1, SQUARE - 1])
+
+    def f(w, h):
+        return jax.lax.fori_loop(0, 2, lambda i, h: jnp.tanh(h @ w[2 * i]) @ w[2 * i + 1], h)
+
+    _, lars = jlar.capture(f)({"b": jnp.asarray(B)}["b"], jnp.asarray(X))
+    assert [e.lar.shape for e in lars.values()] == [(2,), (2,)]
+    first = reference.lar(B[0].T, X)
+    assert any(np.isclose(e.lar[0], first, rtol=1e-5) for e in lars.values())
+
+
+def test_a_field_named_value_keeps_its_name():
+    class Attention(eqx.Module):
+        query: jax.Array
+        value: jax.Array
+
+    model = Attention(jnp.asarray(W), jnp.asarray(W))
+    _, lars = jlar.capture(lambda m, x: (x @ m.query, x @ m.value))(model, jnp.asarray(X))
+    assert sorted(lars) == ["query", "value"]
+
+
+def test_nested_custom_derivatives_print_once(capsys):
+    @jax.custom_jvp
+    def inner(w, x):
+        jax.debug.print("here")
+        return x @ w
+
+    inner.defjvp(lambda p, t: (p[1] @ p[0], p[1] @ t[0] + t[1] @ p[0]))
+    outer = jax.custom_jvp(lambda w, x: inner(w, x) * 2)
+    outer.defjvp(lambda p, t: (2 * p[1] @ p[0], 2 * (p[1] @ t[0] + t[1] @ p[0])))
+    capsys.readouterr()
+    _, lars = jlar.capture(outer)(jnp.asarray(W), jnp.asarray(X))
+    jax.effects_barrier()
+    assert capsys.readouterr().out.count("here") == 1
+    assert_seen(lars, {"weights": (W.T, X)})
+
+
 def test_without_the_private_name(monkeypatch):
     """Where JAX has it no longer, the equations are traced again, to the same numbers."""
     wanted = jax.jit(jax.value_and_grad(jlar.capture(summed_block), has_aux=True))(BLOCK, X)

@@ -856,3 +856,16 @@ def test_devices_that_diverge(kind, measured):
     assert done.returncode == 0 or refused, done.stderr[:2000]
     if measured and not refused:
         assert f"count {3 if kind == 'cond' else 9}" in done.stdout
+
+
+def test_experts_looked_up_by_device(unchecked):
+    """Every device takes its own matrix of a replicated stack: nothing tells, so it is asked."""
+    f = on_mesh(lambda w, x: x @ w["e"][jax.lax.axis_index("data")], (P(), P("data")), P("data"))
+    with pytest.raises(ValueError, match="'data' splits both operands of the product with 'e'"):
+        jlar.capture(f)({"e": EXPERTS}, X)
+
+
+def test_sites_show_the_whole_product():
+    f = on_mesh(column_row, (TENSOR, P("data")), P("data"))
+    table = {row.path: row for row in jlar.sites(f, **ROWS)(MLP, X)}
+    assert (table["up"].m, table["down"].n) == (M, M)
