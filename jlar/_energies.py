@@ -54,7 +54,7 @@ class Energies(Pool):
 
     def limbs(self) -> Float[Array, "*stack 5"]:
         """Calls, then kept and all tokens as limbs."""
-        return self.sums[..., 3:]
+        return jnp.asarray(self.sums)[..., 3:]
 
     def _with(self, counts: Float[Array, "*stack 5"]) -> "Energies":
         return Energies(jnp.concatenate([self.sums[..., :3], counts], -1), self.n)
@@ -62,17 +62,17 @@ class Energies(Pool):
     @property
     def y(self) -> Float[Array, "*stack"]:
         """Sum of squares of Y = X W^T over the kept tokens."""
-        return self.sums[..., 0]
+        return jnp.asarray(self.sums)[..., 0]
 
     @property
     def x(self) -> Float[Array, "*stack"]:
         """Sum of squares of X over the kept tokens."""
-        return self.sums[..., 1]
+        return jnp.asarray(self.sums)[..., 1]
 
     @property
     def w(self) -> Float[Array, "*stack"]:
         """Sum of squares of W, once per call; w / calls is that of W."""
-        return self.sums[..., 2]
+        return jnp.asarray(self.sums)[..., 2]
 
     @property
     def lar(self) -> Float[Array, "*stack"]:

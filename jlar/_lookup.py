@@ -26,7 +26,7 @@ def picked(
     if (loops, split) != (origin.loops, origin.split):
         # Lookups by different values are different matrices, whatever these are.
         by = [a.val if isinstance(a, jex.Literal) else id(a) for a in eqn.invars[1:]]
-        seen = known.setdefault((origin.leaves, origin.cut), [])
+        seen = known.setdefault((origin.leaves, origin.cut, eqn.invars[0].aval.shape), [])
         seen += [] if by in seen else [by]
         number = seen.index(by) + 1
         cut = origin.cut + (f"[lookup {number}]" if number > 1 else "")

@@ -190,12 +190,14 @@ class Walk:
         if eqn.primitive.name in ONE_TO_ONE and len(given) == len(eqn.outvars):
             plain = [o._replace(same_as=None, number=None, pieces=()) for o in given]
             return Part(devices.after(eqn, plain))
-        if eqn.primitive.name in ("mul", "div"):
-            # A scalar on W cancels, wherever it comes from.
+        large = given
+        if eqn.primitive.name in ("mul", "div") and any(o.leaves for o in given):
+            # A scalar of the data cancels on a weight, but data times a scalar weight is data.
             sizes = [atom.aval.size for atom in eqn.invars]
-            large = [o for o, size in zip(given, sizes, strict=True) if size == max(sizes)]
-        else:
-            large = given
+            scalar = [
+                o.data and size == 1 < max(sizes) for o, size in zip(given, sizes, strict=True)
+            ]
+            large = [o for o, left_out in zip(given, scalar, strict=True) if not left_out]
         joined = self.joined(large)
         if joined.leaves:
             origins = made_by(eqn, joined, given)

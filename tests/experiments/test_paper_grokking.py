@@ -3,9 +3,11 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jlar
 from jlar_experiments import cli
 from jlar_experiments.config import GrokConfig
 from jlar_experiments.grokking import dating, ensemble, measures, plan, plates, results, study
@@ -173,7 +175,8 @@ def test_harmonics_of_a_planted_function(number):
     gram = np.zeros((len(basis) + 2,) * 2, np.float32)  # `op` and `=` have logits, too
     gram[:-2, :-2] = one @ one.T + 1  # and a constant, which does not count
     p = np.array([0.5, 0.25, 0.25], np.float32)
-    found = measures.comparators({"W": np.array([3.0, 4.0], np.float32)}, p, gram, waves)
+    spectra = jlar.Spectra(jnp.asarray(p), jnp.asarray(p))
+    found = measures.comparators({"W": np.array([3.0, 4.0], np.float32)}, spectra, gram, waves)
     assert found.fourier_k99 == one.shape[1] and found.weight_norm == 5
     assert found.stable_rank == 2
     s = np.sqrt(p) / np.sqrt(p).sum()
