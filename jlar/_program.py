@@ -13,9 +13,10 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from . import _devices as devices
 from . import _mesh as mesh
+from ._evaluate import evaluate, summed
 from ._origin import DATA, Origin
 from ._rules import RULES
-from ._walk import Key, Walk, evaluate, summed
+from ._walk import Key, Walk
 
 Where = Callable[[str], bool] | str | Sequence[str] | None
 

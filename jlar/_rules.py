@@ -11,20 +11,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from . import _mesh as mesh
+from ._evaluate import STATISTICS, evaluate, pooled, summed
 from ._origin import DATA, Origin
-from ._walk import (
-    STATISTICS,
-    Key,
-    Part,
-    Plan,
-    Site,
-    Statistics,
-    Step,
-    Walk,
-    evaluate,
-    pooled,
-    summed,
-)
+from ._walk import Key, Part, Plan, Site, Statistics, Step, Walk
 
 Values = Sequence[Any]
 

@@ -1,21 +1,17 @@
-"""One walk over a jaxpr: where weights meet data, and the same program with its statistics.
+"""One walk over a jaxpr: where weights meet data.
 
 The plan of a jaxpr is made without computing anything: each value gets an `Origin`, each product of
-a weight with data becomes a `Site`. `evaluate` then runs the equations as they are, and beside them
-the statistics of the sites.
+a weight with data becomes a `Site`. What is run by it stands in `_evaluate`.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from operator import add
 from typing import Any, NamedTuple
 
-import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from jax.extend.core.primitives import closed_call_p
 from jaxtyping import Array, PyTree
 
 from . import _devices as devices
@@ -23,10 +19,8 @@ from . import _mesh as mesh
 from ._energies import energies
 from ._lookup import LOOKUPS, picked
 from ._origin import DATA, NUMBER, Origin, made_by, of_literal, why
-from ._pool import Pool
-from ._products import PRODUCTS, Product, over_devices, statistics
+from ._products import PRODUCTS, Product, statistics
 from ._spectra import grams
-from ._stage import stage
 
 Statistics = dict["Key", PyTree]
 
@@ -292,105 +286,6 @@ class Walk:
     def main(self, leaves: Iterable[int]) -> int:
         """The largest of these leaves, which names what is made of all of them."""
         return max(sorted(leaves), key=lambda leaf: self.sizes[leaf])
-
-    def traced(self, step: Step) -> "Traced":
-        """The program of a step."""
-        types = tuple(atom.aval for atom in step.inputs)
-        if step.same is None:
-            return _traced(step.run, types, "a block" if step.outputs else STATISTICS)
-        key = step.same, types
-        if key not in self.traces:
-            self.traces[key] = _traced(step.run, types, STATISTICS)
-        return self.traces[key]
-
-
-STATISTICS = "statistics"
-"""The name of programs that compute nothing else; a second capture does not look into them."""
-
-
-class Traced(NamedTuple):
-    """A function as a program that closes over nothing."""
-
-    program: jex.ClosedJaxpr
-    held: list[Any]
-    """The values it closed over, now its first arguments."""
-    types: list[Any]
-    """Of its results."""
-    structure: Any
-    """Of what the function returns."""
-
-
-def _traced(run: Callable[..., Any], types: Sequence[Any], name: str) -> Traced:
-    closed, like = jax.make_jaxpr(run, return_shape=True)(*types)
-    inner = closed.jaxpr
-    inputs = [*inner.constvars, *inner.invars]
-    program = _closed(inputs, inner.outvars, inner.eqns, name)
-    return Traced(program, closed.consts, closed.out_avals, jax.tree.structure(like))
-
-
-def _closed(inputs: list[Any], results: list[Any], eqns: list[Any], name: str) -> jex.ClosedJaxpr:
-    effects = frozenset().union(*(eqn.effects for eqn in eqns if eqn.effects))
-    named = jex.DebugInfo("jlar.capture", name, ("",) * len(inputs), ("",) * len(results))
-    return jex.ClosedJaxpr(jex.Jaxpr([], inputs, results, eqns, effects, named), [])
-
-
-def evaluate(
-    plan: Plan, consts: Sequence[Any], args: Sequence[Any]
-) -> tuple[list[Any], Statistics]:
-    """What the jaxpr computes, and the statistics of its sites.
-
-    The equations are not traced again: the statistics are put between them.
-    """
-    jaxpr, values = plan.jaxpr, [*consts, *args]
-    inputs, results, eqns, found = [*jaxpr.constvars, *jaxpr.invars], [*jaxpr.outvars], [], []
-    for piece in plan.pieces:
-        if not isinstance(piece, Step):
-            eqns.append(piece)
-            continue
-        traced = plan.walk.traced(piece)
-        held = [jex.Var(jax.typeof(value)) for value in traced.held]
-        made = [jex.Var(each) for each in traced.types[len(piece.outputs) :]]
-        inputs += held
-        values += traced.held
-        results += made
-        found.append((piece, traced.structure, len(made)))
-        call = piece.eqn.replace(
-            primitive=closed_call_p,
-            invars=[*held, *piece.inputs],
-            outvars=[*piece.outputs, *made],
-            params={"call_jaxpr": traced.program},
-            effects=traced.program.effects,
-        )
-        eqns.append(call)
-    outs = stage(_closed(inputs, results, eqns, "a program"), *values)
-    # What is written in a program is a NumPy number until something is computed with it.
-    outs = [a if isinstance(a, jax.Array) else jnp.asarray(a) for a in outs]
-    count = len(jaxpr.outvars)
-    seen: Statistics = {}
-    rest = iter(outs[count:])
-    for step, structure, leaves in found:
-        _, more = jax.tree.unflatten(structure, [*step.outputs, *itertools.islice(rest, leaves)])
-        seen = pooled(seen, more if step.key is None else {step.key: more})
-    return outs[:count], seen
-
-
-def pooled(a: Statistics, b: Statistics) -> Statistics:
-    """The sums of both, key by key."""
-    return a | {k: jax.tree.map(add, a[k], b[k], is_leaf=is_pool) if k in a else b[k] for k in b}
-
-
-def summed(seen: Statistics, axes: Iterable[str]) -> Statistics:
-    """The sums over all devices along these axes."""
-    total: Statistics = {}
-    for key, value in seen.items():
-        whole = over_devices(value, key.parts, key.loops, axes)
-        total = pooled(total, {key.beyond(axes): whole})
-    return total
-
-
-def is_pool(a: Any) -> bool:
-    """Whether it has an addition of its own, which does not let counts saturate."""
-    return isinstance(a, Pool)
 
 
 NUMBERS_ONLY = (
