@@ -42,6 +42,8 @@ def capture(
     - A weight used several times pools its uses. A slice is a matrix of its own, named by its
       index, `qkv.weight[0:64]`; so is a transposed use, named `#2`. A product with several leaves
       (W + BA) has the name of the largest.
+    - A weight times numbers that `f` itself writes (`W @ jnp.eye(n)`) is another weight. Positions
+      or grids made inside of `f` are such numbers: pass them as an argument to have them as data.
     - `jax.vmap` inside of `f` over weights that share their inputs makes one wide matrix of them;
       `jax.vmap(capture(f))` keeps them apart.
     - The body of a `custom_jvp` or `custom_vjp` is evaluated a second time for its statistics;

@@ -211,7 +211,7 @@ class Walk:
         product: Any = PRODUCTS[eqn.primitive.name](eqn.params, shapes, w == 0)
         if isinstance(product, str):
             return Part(origins, notes=[(each, product) for each in weight.leaves])
-        if unfit := _unfit(product, eqn):
+        if unfit := _unfit(product, eqn, bool(given[w].split & given[x].split)):
             return Part(origins, notes=[(each, unfit) for each in weight.leaves])
         leaf = self.main(weight.leaves)
         notes = [(each, f"part of {self.paths[leaf]}") for each in weight.leaves - {leaf}]
@@ -254,6 +254,7 @@ class Walk:
         """What splits a product, and the value that is its Y."""
         path = self.paths[leaf]
         if self.blind:
+            devices.check(self.axes, set(self.mesh_axes))
             return devices.told(self.axes), eqns[i].outvars[0]
         stacked, needs_Y = bool(product.stack), self.measure is not grams
         parts = devices.parts(self.axes, path, W, X, stacked)
@@ -294,9 +295,9 @@ NUMBERS_ONLY = (
 )
 
 
-def _unfit(product: Product, eqn: Any) -> str:
+def _unfit(product: Product, eqn: Any, shared: bool) -> str:
     """Why this product has no log-alignment ratio; empty if it has one."""
-    if product.n < 2:
+    if product.n < 2 and not shared:  # shared between devices, one input is a part of several
         return f"a product over n = {product.n} inputs, which has no alignment"
     if 0 in (product.m, *product.tokens, *product.stack):
         return "an empty product"

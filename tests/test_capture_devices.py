@@ -760,6 +760,7 @@ def test_ambiguous_parts(unchecked):
         axes={"stack": "model"},
     )
     raises("'nowhere'", mlp, P(), P("data"), axes={"n": "nowhere"})
+    raises("'nowhere'", mlp, P(), P("data"), check_vma=False, axes={"m": "nowhere"})
     raises("axes maps", mlp, P(), P("data"), axes={"tokens": "data"})
 
 
@@ -869,3 +870,13 @@ def test_sites_show_the_whole_product():
     f = on_mesh(column_row, (TENSOR, P("data")), P("data"))
     table = {row.path: row for row in jlar.sites(f, **ROWS)(MLP, X)}
     assert (table["up"].m, table["down"].n) == (M, M)
+
+
+def test_one_input_on_each_device():
+    """The whole product has eight inputs, though each device multiplies one."""
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    local = lambda w, x: jax.lax.psum(x @ w["w"], "model")  # noqa: E731
+    f = on_mesh(local, (P("model"), P(None, "model")), mesh=mesh)
+    w = {"w": UP}
+    _, seen = jax.jit(jlar.capture(f, axes={"n": "model"}))(w, X)
+    same(jlar.capture(lambda w, x: x @ w["w"])(w, X)[1], jax.device_get(seen))
