@@ -77,7 +77,7 @@ class Program:
                 f"of each of them:\n{Sites.of(self)}"
             )
         outs, seen = evaluate(self.plan, self.closed.consts, self.inputs)
-        seen = summed(seen, self.manual)
+        seen = summed(seen, self.manual) if self.manual else seen
         result = jax.tree.unflatten(jax.tree.structure(self.structure), outs)
         return eqx.combine(result, self.static), {names[key]: seen[key] for key in names}
 
