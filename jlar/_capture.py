@@ -40,8 +40,8 @@ def capture(
       it uses; `cond` gives count 0 and LAR nan to what did not run; `jax.checkpoint` recomputes
       nothing for statistics. Under `jax.disable_jit` JAX unrolls loops: a name for each iteration.
     - A weight used several times pools its uses. A slice is a matrix of its own, named by its
-      index, `qkv.weight[0:64]`; so is a transposed use, named `#2`. A product with several leaves
-      (W + BA) has the name of the largest.
+      index, `qkv.weight[0:64]`, or by a number, `#2`, where the program computes the index; so is
+      a transposed use. A product with several leaves (W + BA) has the name of the largest.
     - A weight times numbers that `f` itself writes (`W @ jnp.eye(n)`) is another weight. Positions
       or grids made inside of `f` are such numbers: pass them as an argument to have them as data.
     - `jax.vmap` inside of `f` over weights that share their inputs makes one wide matrix of them;

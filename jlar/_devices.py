@@ -14,30 +14,28 @@ from . import _mesh as mesh
 
 # Afterwards every device along the axes holds the same.
 EQUAL = ("psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant")
+# Primitives of several operands whose results are these operands, one by one.
+ONE_TO_ONE = ("optimization_barrier", *EQUAL)
 # Afterwards each device along the axes holds a part of its own.
 SPLITTING = ("reduce_scatter", "all_to_all", "ppermute", "axis_index")
 
 
-class Parts(NamedTuple):
+class MeshSplit(NamedTuple):
     """The mesh axes that split one product."""
 
-    t: tuple[str, ...] = ()
-    """Its tokens."""
-    m: tuple[str, ...] = ()
-    """Its outputs."""
-    n: tuple[str, ...] = ()
-    """Its inputs, of W and of X."""
+    t: tuple[str, ...] = ()  # Its tokens
+    m: tuple[str, ...] = ()  # Its outputs
+    n: tuple[str, ...] = ()  # Its inputs, of W and of X
     y: tuple[str, ...] = ()
     """Y: what splits tokens or outputs, and inputs if a reduce_scatter sums over them."""
-    stack: tuple[str, ...] = ()
-    """The stacked matrices."""
+    stack: tuple[str, ...] = ()  # The stacked matrices
 
-    def beyond(self, axes: Iterable[str]) -> "Parts":
+    def beyond(self, axes: Iterable[str]) -> "MeshSplit":
         """What is left of them where these axes have ended."""
-        return Parts(*(tuple(name for name in names if name not in axes) for names in self))
+        return MeshSplit(*(tuple(name for name in names if name not in axes) for names in self))
 
 
-NOT_SPLIT = Parts()
+NOT_SPLIT = MeshSplit()
 
 
 def after(eqn: Any, origins: list[Any]) -> list[Any]:
@@ -55,9 +53,9 @@ def _axes(eqn: Any) -> tuple[str, ...]:
     return mesh.names(eqn.params.get("axes", eqn.params.get("axis_name")))
 
 
-def parts(
+def split(
     axes: mesh.Axes | None, path: str, W: frozenset[str], X: frozenset[str], stacked: bool
-) -> Parts:
+) -> MeshSplit:
     """What splits a product of W and X that are split over these axes.
 
     An axis that splits W alone splits its outputs, one that splits X alone its tokens. Of one that
@@ -86,7 +84,7 @@ def parts(
                 f"has {'one' if stacked else 'none'}); or leave it out with where=."
             )
     names = {key: tuple(sorted(each)) for key, each in found.items()}
-    return Parts(**names, y=(*names["t"], *names["m"]))
+    return MeshSplit(**names, y=(*names["t"], *names["m"]))
 
 
 def check(axes: mesh.Axes | None, known: set[str]) -> None:
@@ -105,7 +103,7 @@ def check(axes: mesh.Axes | None, known: set[str]) -> None:
             )
 
 
-def told(axes: mesh.Axes | None) -> Parts:
+def told(axes: mesh.Axes | None) -> MeshSplit:
     """What `axes` says splits every product, where the types say nothing."""
     if axes is None:
         raise ValueError(
@@ -121,23 +119,23 @@ def told(axes: mesh.Axes | None) -> Parts:
             f'the outputs "m" of every product, over different axes; got {axes!r}. With '
             "check_vma=True, its default, the rest is seen from the types."
         )
-    return Parts(t=t, m=m, y=(*t, *m))
+    return MeshSplit(t=t, m=m, y=(*t, *m))
 
 
-def outputs(parts: Parts, path: str, eqns: Sequence[Any], i: int) -> tuple[Parts, Any]:
+def outputs(split: MeshSplit, path: str, eqns: Sequence[Any], i: int) -> tuple[MeshSplit, Any]:
     """Y: the result of the i-th equation, or of the sum over the axes that split the inputs."""
     Y = eqns[i].outvars[0]
-    if not parts.n:
-        return parts, Y
+    if not split.n:
+        return split, Y
     for eqn in eqns[i + 1 :]:
         places = [j for j, atom in enumerate(eqn.invars) if atom is Y]
-        if places and set(_axes(eqn)) == set(parts.n):
+        if places and set(_axes(eqn)) == set(split.n):
             if eqn.primitive.name in ("psum", "psum_invariant"):
-                return parts, eqn.outvars[places[0]]
+                return split, eqn.outvars[places[0]]
             if eqn.primitive.name == "reduce_scatter":
-                return parts._replace(y=(*parts.y, *parts.n)), eqn.outvars[0]
+                return split._replace(y=(*split.y, *split.n)), eqn.outvars[0]
     raise ValueError(
-        f"the inputs of the product with {path!r} are split over {sorted(parts.n)}, and its result "
+        f"the inputs of the product with {path!r} are split over {sorted(split.n)}, and its result "
         "is not summed over them as it is (by jax.lax.psum or psum_scatter): sum it "
         "first, take measure=jlar.grams, which needs no result, or leave it out with where=."
     )

@@ -10,10 +10,11 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.extend.core.primitives import closed_call_p
 
+from ._plan import Plan, Statistics, Step
 from ._pool import Pool
-from ._products import over_devices
 from ._stage import stage
-from ._walk import Plan, Statistics, Step, Walk
+from ._statistics import over_devices
+from ._walk import Walk
 
 STATISTICS = "statistics"
 """The name of programs that compute nothing else; a second capture does not look into them."""
@@ -23,12 +24,9 @@ class Traced(NamedTuple):
     """A function as a program that closes over nothing."""
 
     program: jex.ClosedJaxpr
-    held: list[Any]
-    """The values it closed over, now its first arguments."""
-    types: list[Any]
-    """Of its results."""
-    structure: Any
-    """Of what the function returns."""
+    held: list[Any]  # The values it closed over, now its first arguments
+    types: list[Any]  # Of its results
+    structure: Any  # Of what the function returns
 
 
 def _of_step(walk: Walk, step: Step) -> "Traced":
@@ -65,7 +63,7 @@ def evaluate(
     """
     jaxpr, values = plan.jaxpr, [*consts, *args]
     inputs, results, eqns, found = [*jaxpr.constvars, *jaxpr.invars], [*jaxpr.outvars], [], []
-    for piece in plan.pieces:
+    for piece in plan.steps:
         if not isinstance(piece, Step):
             eqns.append(piece)
             continue
@@ -105,7 +103,7 @@ def summed(seen: Statistics, axes: Iterable[str]) -> Statistics:
     """The sums over all devices along these axes."""
     total: Statistics = {}
     for key, value in seen.items():
-        whole = over_devices(value, key.parts, key.loops, axes)
+        whole = over_devices(value, key.split, key.loops, axes)
         total = pooled(total, {key.beyond(axes): whole})
     return total
 

@@ -1,22 +1,20 @@
 """Products of a weight and data as JAX's primitives have them, and the statistics of one."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 from . import _checks as check
 from . import _mesh as mesh
-from ._devices import Parts, whole
-from ._energies import Energies, energies, energy
+from ._energies import energy
 from ._origin import Origin
 from ._pool import counts, to_limbs
-from ._spectra import Grams, grams, second_moments
 
 Axes = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -45,12 +43,9 @@ class Product:
 class Dot(Product):
     """A `dot_general`: contracted axes are inputs, free ones outputs (of W) or tokens (of X)."""
 
-    W: tuple[Axes, Axes, Axes]
-    """The axes of W that are stacked, outputs and inputs."""
-    X: tuple[Axes, Axes, Axes]
-    """The axes of X that are stacked, tokens and inputs."""
-    Y: tuple[Axes, Axes, Axes]
-    """The axes of Y that are stacked, tokens and outputs."""
+    W: tuple[Axes, Axes, Axes]  # The axes of W that are stacked, outputs and inputs
+    X: tuple[Axes, Axes, Axes]  # The axes of X that are stacked, tokens and inputs
+    Y: tuple[Axes, Axes, Axes]  # The axes of Y that are stacked, tokens and outputs
 
     def facing(self, weight: Origin) -> str:
         """The contracted axes; of a transposed matrix those that they were."""
@@ -179,8 +174,7 @@ def conv(params: dict[str, Any], shapes: list[Shape], left: bool) -> Conv | str:
 class Ragged(Product):
     """A `ragged_dot`: consecutive tokens belong to one of several stacked matrices (experts)."""
 
-    transposed: bool
-    """Whether W is stored (groups, n, m)."""
+    transposed: bool  # Whether W is stored (groups, n, m)
 
     def _group(self, sizes: Array) -> Array:
         """The group of each token; one past the last for tokens of none."""
@@ -234,66 +228,6 @@ PRODUCTS: dict[str, Callable[[dict[str, Any], list[Shape], bool], Any]] = {
     "conv_general_dilated": conv,
     "ragged_dot_general": ragged,
 }
-
-
-def statistics(
-    measure: Callable[..., PyTree],
-    product: Any,
-    parts: Parts,
-    keep: Array | None,
-    *operands: Any,
-) -> PyTree:
-    """`measure` of a product's W, X, Y (and group sizes) on one device, without gradient."""
-    W, X, Y, *sizes = jax.lax.stop_gradient(tuple(map(jnp.asarray, operands)))
-    acc = check.accumulator(W, X, Y)
-    if measure is energies:
-        squares = product.squares(keep, acc, W, X, Y, *sizes)
-        n = product.n * mesh.size(parts.n)
-        return Energies.of(squares, product.counts(keep, acc, *sizes), n)
-    exchanged = mesh.Split(n=parts.n, columns=parts.n)
-    matrices, stacked = product.matrices(keep, W, X, None if measure is grams else Y, *sizes)
-
-    def one(W: Array, X: Array, Y: Array | None, keep: Array | None) -> PyTree:
-        if Y is None:
-            return second_moments(W, X, keep, exchanged)
-        X, Y = X.reshape(-1, X.shape[-1]), Y.reshape(-1, Y.shape[-1])
-        sums = measure(W, X, Y, None if keep is None else keep.reshape(-1))
-        return jax.tree.map(jnp.asarray, sums)
-
-    for _ in product.stack:
-        one = jax.vmap(one, stacked)
-    return one(*matrices)
-
-
-def over_devices(statistic: PyTree, parts: Parts, loops: int, axes: Iterable[str]) -> PyTree:
-    """The sums of one device's statistics over all devices along these axes.
-
-    `loops` is how many axes of its stack are those of loops, before those of the product.
-    """
-    axes = tuple(axes)
-
-    def add(a: Array, names: Iterable[str]) -> Array:
-        names = tuple(name for name in names if name in axes)
-        return jax.lax.psum(a, names) if names else a
-
-    def counted(counts: Array) -> Array:
-        return jnp.concatenate([counts[..., :1], add(counts[..., 1:], parts.t)], axis=-1)
-
-    if isinstance(statistic, Energies):
-        e, by = statistic, (parts.y, parts.t + parts.n, parts.m + parts.n)
-        squares = [add(a, names) for a, names in zip((e.y, e.x, e.w), by, strict=True)]
-        statistic = Energies.of(squares, counted(e.limbs()), e.n)
-    elif isinstance(statistic, Grams):
-        g = statistic
-        statistic = Grams(add(g.w, parts.m), add(g.x, parts.t), counted(g.limbs()))
-    else:
-        statistic = jax.tree.map(lambda a: add(a, parts.t), statistic)
-    rows = tuple(name for name in parts.stack if name in axes)
-
-    def gathered(a: Array) -> Array:
-        return jax.lax.all_gather(a, rows, axis=loops, tiled=True) if rows else a
-
-    return jax.tree.map(lambda a: whole(gathered(a), axes), statistic)
 
 
 def _over(a: Array, stacked: Axes, acc: Any) -> Float[Array, "*stack"]:

@@ -3,6 +3,7 @@
 import collections
 import fnmatch
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,10 @@ from jaxtyping import Array, ArrayLike, PyTree
 from . import _devices as devices
 from . import _mesh as mesh
 from ._evaluate import evaluate, summed
-from ._origin import DATA, Origin
+from ._origin import DATA, UNKNOWN, Origin
+from ._plan import Key
 from ._rules import RULES
-from ._walk import Key, Walk
+from ._walk import Walk
 
 Where = Callable[[str], bool] | str | Sequence[str] | None
 
@@ -91,12 +93,12 @@ class Program:
         for site in self.plan.sites:
             key = site.key.beyond(self.manual)
             work[key] = work.get(key, 0) + key.m * math.prod(site.tokens)
+        plain = {key: self.paths[key.leaf] + re.sub(UNKNOWN, "", key.cut) for key in work}
         names: dict[Key, str] = {}
-        for key in sorted(work, key=lambda key: (key.leaf, key.cut, -work[key])):
-            plain = name = self.paths[key.leaf] + key.cut
-            more = 1
+        for key in sorted(work, key=lambda key: (key.leaf, plain[key], -work[key])):
+            name, more = plain[key], 1
             while name in names.values():
-                name = f"{plain}#{(more := more + 1)}"
+                name = f"{plain[key]}#{(more := more + 1)}"
             names[key] = name
         return names
 

@@ -13,24 +13,15 @@ from ._program import Program, Where, is_weight
 class Row(NamedTuple):
     """An array of the first argument, and one of its products or why there is none."""
 
-    path: str
-    """The array."""
-    shape: tuple[int, ...]
-    """Its shape."""
-    name: str = ""
-    """What `jlar.capture` calls the statistics; empty if it measures nothing here."""
-    m: int = 0
-    """Outputs."""
-    n: int = 0
-    """Inputs, the base of the logarithm."""
-    tokens: tuple[int, ...] = ()
-    """The token axes of one product."""
-    rows: tuple[int, ...] = ()
-    """Stacked matrices: layers of a scan, experts."""
-    through: tuple[str, ...] = ()
-    """The control flow around the product, outermost first."""
-    why: str = ""
-    """Why nothing is measured."""
+    path: str  # The array
+    shape: tuple[int, ...]  # Its shape
+    name: str = ""  # What `jlar.capture` calls the statistics; empty if it measures nothing here
+    m: int = 0  # Outputs
+    n: int = 0  # Inputs, the base of the logarithm
+    tokens: tuple[int, ...] = ()  # The token axes of one product
+    rows: tuple[int, ...] = ()  # Stacked matrices: layers of a scan, experts
+    through: tuple[str, ...] = ()  # The control flow around the product, outermost first
+    why: str = ""  # Why nothing is measured
 
 
 class Sites(tuple[Row, ...]):

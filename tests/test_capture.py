@@ -386,13 +386,18 @@ cases(
 )
 
 
-def unrolled(pick) -> Case:
+def unrolled(pick, name="w[{}]".format) -> Case:
     def f(w, h):
         for i in range(L):
             h = jnp.tanh(h @ pick(w["w"], i))
         return h
 
-    return Case(f, {"w": S}, (X,), {f"w[{i}]": row for i, row in enumerate(layers(S))})
+    return Case(f, {"w": S}, (X,), {name(i): row for i, row in enumerate(layers(S))})
+
+
+def numbered(i: int) -> str:
+    """The names of parts whose index the program computes."""
+    return f"w#{i + 1}" if i else "w"
 
 
 def layers(stack, h=X, reverse=False) -> list:
@@ -411,9 +416,10 @@ cases(
     unrolled_iterated=lambda: unrolled(lambda w, i: list(w)[i]),
     unrolled_index_in_dim=lambda: unrolled(lambda w, i: jax.lax.index_in_dim(w, i, keepdims=False)),
     unrolled_dynamic_index=lambda: unrolled(
-        lambda w, i: jax.lax.dynamic_index_in_dim(w, i, keepdims=False)
+        lambda w, i: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), numbered
     ),
-    unrolled_take=lambda: unrolled(lambda w, i: jnp.take(w, i, axis=0)),
+    unrolled_take=lambda: unrolled(lambda w, i: jnp.take(w, i, axis=0), numbered),
+    unrolled_computed=lambda: unrolled(lambda w, i: w[jnp.int32(i) * 1], numbered),
     unrolled_unstack=lambda: unrolled(lambda w, i: jnp.unstack(w)[i]),
 )
 

@@ -1219,3 +1219,15 @@ def test_a_weight_times_a_number_of_the_data(f):
     W, x = weights((4, 3), (6, 3))
     _, lars = jlar.capture(lambda p, x, s: x @ f(p["W"], s).T)({"W": W}, x, jnp.float32(2))
     np.testing.assert_allclose(lars["W"].lar, jlar.lar(W, x), rtol=1e-5)
+
+
+def test_scanned_in_one_loop_and_looked_up_in_another():
+    """Both go through the rows of the same stack: one row per matrix, of both uses."""
+    (W,) = weights((3, 4, 4))
+
+    def f(w, x):
+        x, _ = jax.lax.scan(lambda x, row: (jnp.tanh(x @ row), None), x, w["w"])
+        return jax.lax.scan(lambda x, i: (jnp.tanh(x @ w["w"][i]), None), x, jnp.arange(3))[0]
+
+    _, lars = jlar.capture(f)({"w": W}, jnp.ones((5, 4)))
+    assert {name: e.count.tolist() for name, e in lars.items()} == {"w": [10, 10, 10]}

@@ -1,0 +1,74 @@
+"""What is computed of one product, on one device and summed over all of them."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
+
+from . import _checks as check
+from . import _mesh as mesh
+from ._devices import MeshSplit, whole
+from ._energies import Energies, energies
+from ._spectra import Grams, grams, second_moments
+
+
+def statistics(
+    measure: Callable[..., PyTree],
+    product: Any,
+    split: MeshSplit,
+    keep: Array | None,
+    *operands: Any,
+) -> PyTree:
+    """`measure` of a product's W, X, Y (and group sizes) on one device, without gradient."""
+    W, X, Y, *sizes = jax.lax.stop_gradient(tuple(map(jnp.asarray, operands)))
+    acc = check.accumulator(W, X, Y)
+    if measure is energies:
+        squares = product.squares(keep, acc, W, X, Y, *sizes)
+        n = product.n * mesh.size(split.n)
+        return Energies.of(squares, product.counts(keep, acc, *sizes), n)
+    exchanged = mesh.Split(n=split.n, columns=split.n)
+    matrices, stacked = product.matrices(keep, W, X, None if measure is grams else Y, *sizes)
+
+    def one(W: Array, X: Array, Y: Array | None, keep: Array | None) -> PyTree:
+        if Y is None:
+            return second_moments(W, X, keep, exchanged)
+        X, Y = X.reshape(-1, X.shape[-1]), Y.reshape(-1, Y.shape[-1])
+        sums = measure(W, X, Y, None if keep is None else keep.reshape(-1))
+        return jax.tree.map(jnp.asarray, sums)
+
+    for _ in product.stack:
+        one = jax.vmap(one, stacked)
+    return one(*matrices)
+
+
+def over_devices(statistic: PyTree, split: MeshSplit, loops: int, axes: Iterable[str]) -> PyTree:
+    """The sums of one device's statistics over all devices along these axes.
+
+    `loops` is how many axes of its stack are those of loops, before those of the product.
+    """
+    axes = tuple(axes)
+
+    def add(a: Array, names: Iterable[str]) -> Array:
+        names = tuple(name for name in names if name in axes)
+        return jax.lax.psum(a, names) if names else a
+
+    def counted(counts: Array) -> Array:
+        return jnp.concatenate([counts[..., :1], add(counts[..., 1:], split.t)], axis=-1)
+
+    if isinstance(statistic, Energies):
+        e, by = statistic, (split.y, split.t + split.n, split.m + split.n)
+        squares = [add(a, names) for a, names in zip((e.y, e.x, e.w), by, strict=True)]
+        statistic = Energies.of(squares, counted(e.limbs()), e.n)
+    elif isinstance(statistic, Grams):
+        g = statistic
+        statistic = Grams(add(g.w, split.m), add(g.x, split.t), counted(g.limbs()))
+    else:
+        statistic = jax.tree.map(lambda a: add(a, split.t), statistic)
+    rows = tuple(name for name in split.stack if name in axes)
+
+    def gathered(a: Array) -> Array:
+        return jax.lax.all_gather(a, rows, axis=loops, tiled=True) if rows else a
+
+    return jax.tree.map(lambda a: whole(gathered(a), axes), statistic)
