@@ -1,6 +1,7 @@
 """What the benchmarks share: alternating two sides in one process, and reporting what was seen."""
 
 import argparse
+import gc
 import json
 import pathlib
 import re
@@ -24,6 +25,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 def seconds(call: Callable[[], Any], clock: str = "wall") -> float:
     """Time of one call by this clock, its results awaited."""
+    gc.collect()  # else the garbage of other calls may be collected in this one's time
     start = CLOCKS[clock]()
     jax.block_until_ready(call())
     return CLOCKS[clock]() - start

@@ -105,6 +105,21 @@ def every_matrix(model: Decoder, tokens: Int[Array, "b t+1"]) -> Any:
     return eqx.filter_value_and_grad(jlar.capture(loss), has_aux=True)(model, tokens)
 
 
+OPTIMISER = optax.adamw(1e-3)
+
+
+def step(gradient: Any, static: Any, tokens: Int[Array, "b t+1"]) -> Any:
+    """A training step from (arrays of the model, state of the optimiser)."""
+
+    def call(arrays: Any, state: Any) -> Any:
+        value, grads = gradient(eqx.combine(arrays, static), tokens)
+        updates, state = OPTIMISER.update(eqx.filter(grads, eqx.is_array), state, arrays)
+        lars = {name: each.lar for name, each in value[1].items()}
+        return optax.apply_updates(arrays, updates), state, value[0], lars
+
+    return call
+
+
 def extra(kernels: dict[str, bench.Kernels], side: str) -> tuple[float, dict[str, float]]:
     """Seconds of the kernels that this side has and the plain one has not, or not as often.
 
@@ -130,19 +145,11 @@ def main() -> None:
     sides = {"plain": plain, "unembedding": unembedding, "every_matrix": every_matrix}
     shape = args.batch, args.length + 1
     tokens = jax.random.randint(jax.random.key(1), shape, 0, args.vocabulary)
-    optimiser = optax.adamw(1e-3)
     programs, calls, costs = {}, {}, {}
     for name, gradient in sides.items():
         arrays, static = eqx.partition(Decoder(args, jax.random.key(0)), eqx.is_array)
-        state = optimiser.init(arrays)
-
-        def step(arrays: Any, state: Any, gradient: Any = gradient, static: Any = static) -> Any:
-            value, grads = gradient(eqx.combine(arrays, static), tokens)
-            updates, state = optimiser.update(eqx.filter(grads, eqx.is_array), state, arrays)
-            lars = {name: each.lar for name, each in value[1].items()}
-            return optax.apply_updates(arrays, updates), state, value[0], lars
-
-        programs[name], costs[name] = bench.compiled(step, arrays, state)
+        state = OPTIMISER.init(arrays)
+        programs[name], costs[name] = bench.compiled(step(gradient, static, tokens), arrays, state)
         program = programs[name]
         calls[name] = lambda program=program, arrays=arrays, state=state: program(arrays, state)
     figures: dict[str, Any] = {"sizes": vars(args) | {"json": None}, "compiled": costs}

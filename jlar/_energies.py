@@ -109,19 +109,7 @@ def measure(
 
 def energy(a: Array, acc: jnp.dtype) -> Float[Array, ""]:
     """Sum of squares."""
-    a = a.astype(acc)
-    if a.ndim < 2 or jax.device_count() > 1:
-        return _at_once(a)  # by rows, devices that share rows would exchange a number for each
-    return jax.lax.platform_dependent(a, cpu=_by_rows, default=_at_once)
-
-
-def _at_once(a: Array) -> Float[Array, ""]:
-    return jnp.sum(jnp.square(a))
-
-
-def _by_rows(a: Array) -> Float[Array, ""]:
-    # XLA's CPU compiler sums over several axes in small blocks, which takes four times as long.
-    return jnp.sum(jax.lax.optimization_barrier(jnp.sum(jnp.square(a), axis=-1)))
+    return jnp.sum(jnp.square(a.astype(acc)))
 
 
 def sums(
