@@ -54,6 +54,8 @@ class Recipe:
     vocabulary: int = 256  # 256: bytes, else a BPE
     batch: int = 8
     steps: int = 1200
+    dropout: float = 0.0  # of what attention and MLP add
+    noise: float = 0.0  # share of the training text's tokens that are random ones
 
 
 RECIPES = {
@@ -99,22 +101,31 @@ def parameters(recipe: Recipe, key: Array) -> dict[str, Any]:
     return made if recipe.tied else made | {"head": draw(n, recipe.vocabulary, scale=n**-0.5)}
 
 
-def loss(params: dict[str, Any], tokens: Int[Array, "b t"], recipe: Recipe) -> Float[Array, ""]:
-    """Mean cross-entropy of the next token."""
+def loss(
+    params: dict[str, Any], tokens: Int[Array, "b t"], recipe: Recipe, key: Array | None = None
+) -> Float[Array, ""]:
+    """Mean cross-entropy of the next token, with dropout if there is a key."""
 
     def norm(x: Array, where: str) -> Array:
         if recipe.norm not in (where, "both"):
             return x
         return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
 
+    def dropped(x: Array, place: int) -> Array:
+        if key is None or not recipe.dropout:
+            return x
+        keep = jax.random.bernoulli(jax.random.fold_in(key, place), 1 - recipe.dropout, x.shape)
+        return jnp.where(keep, x / (1 - recipe.dropout), 0)
+
     x = params["embedding"][tokens[:, :-1]] * recipe.width**0.5
     x = x + params["positions"][: x.shape[1]] * recipe.width**0.5
-    for block in params["blocks"]:
+    for i, block in enumerate(params["blocks"]):
         h = norm(x, "pre")
         q, k, v = ((h @ block[name]).reshape(*h.shape[:2], 4, -1) for name in "qkv")
         h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(h.shape)
-        x = norm(x + h @ block["o"], "post")
-        x = norm(x + jax.nn.gelu(norm(x, "pre") @ block["up"]) @ block["down"], "post")
+        x = norm(x + dropped(h @ block["o"], 2 * i), "post")
+        h = jax.nn.gelu(norm(x, "pre") @ block["up"]) @ block["down"]
+        x = norm(x + dropped(h, 2 * i + 1), "post")
     if recipe.final_norm:
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
     logits = x @ (params["embedding"].T if recipe.tied else params["head"])
@@ -171,16 +182,22 @@ def train(
 ) -> list[dict[str, Any]]:
     """The logs of all seeds of a recipe on this text."""
     rule, name = optimiser(recipe), "embedding" if recipe.tied else "head"
-    captured = jlar.capture(lambda p, t: loss(p, t, recipe), where=name)
-    text, held_out = jnp.asarray(text, jnp.int32), jnp.asarray(held_out, jnp.int32)
+    captured = jlar.capture(lambda p, t, key: loss(p, t, recipe, key), where=name)
+    rng = np.random.default_rng(1)
+    random = rng.integers(recipe.vocabulary, size=text.shape)
+    noisy = np.where(rng.random(text.shape) < recipe.noise, random, text)
+    seen_text, unseen = (jnp.asarray(a, jnp.int32) for a in (noisy, held_out))
 
     def step(state: Any, rows: Array) -> Any:
-        params, inner = state
-        (value, seen), grads = jax.value_and_grad(captured, has_aux=True)(params, text[rows])
+        params, inner, key = state
+        key, now = jax.random.split(key)
+        (value, seen), grads = jax.value_and_grad(captured, has_aux=True)(
+            params, seen_text[rows], now
+        )
         updates, inner = rule.update(grads, inner, params)
         e = seen[name]
         measured = {"lar": e.lar, "train_loss": value, "x": e.x / e.count, "w": e.w}
-        return (optax.apply_updates(params, updates), inner), measured
+        return (optax.apply_updates(params, updates), inner, key), measured
 
     @jax.jit
     @jax.vmap
@@ -188,9 +205,9 @@ def train(
         state, measured = jax.lax.scan(step, state, rows)
         return state, jax.tree.map(lambda a: a[-1], measured)
 
-    validation = jax.jit(jax.vmap(lambda state: loss(state[0], held_out, recipe)))
+    validation = jax.jit(jax.vmap(lambda state: loss(state[0], unseen, recipe)))
     keys = jax.random.split(jax.random.key(0), SEEDS)
-    state = jax.jit(jax.vmap(lambda key: (p := parameters(recipe, key), rule.init(p))))(keys)
+    state = jax.jit(jax.vmap(lambda key: (p := parameters(recipe, key), rule.init(p), key)))(keys)
     order, logged = orders(recipe, len(text)), []
     # The first log is that of the first step, then one at every tenth.
     ends = [1, *range(EVERY, recipe.steps + 1, EVERY)]
@@ -218,21 +235,15 @@ def sequences(folder: Path, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
     return parts[0], parts[1][:HELD_OUT]
 
 
-def main() -> None:
-    """Train what is not there yet, one recipe and size after the other."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path, help="of the logs")
-    parser.add_argument("--recipes", default="*", help="pattern of the names (default: all)")
-    parser.add_argument("--tokens", type=Path, default=Path("runs/data"), help="of token files")
-    arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    for name, recipe in RECIPES.items():
-        if not fnmatch.fnmatch(name, arguments.recipes):
-            continue
-        text, held_out = sequences(arguments.tokens, recipe.vocabulary)
-        once = recipe.steps * recipe.batch
-        for count in (once, recipe.sequences, 4 * recipe.sequences):
-            path = arguments.folder / f"{name}-{count}.jsonl.gz"
+def run(
+    recipes: dict[str, Recipe], counts: dict[str, tuple[int, ...]], folder: Path, tokens: Path
+) -> None:
+    """Train what is not there yet, one recipe and number of sequences after the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, recipe in recipes.items():
+        text, held_out = sequences(tokens, recipe.vocabulary)
+        for count in counts[name]:
+            path = folder / f"{name}-{count}.jsonl.gz"
             if path.exists():
                 continue
             began = time.perf_counter()
@@ -242,9 +253,23 @@ def main() -> None:
             draft.write_bytes(packed)
             draft.rename(path)
             last = rows[-1]
-            print(f"{path.name}: LAR {last['lar']:.3f}, training {last['train_loss']:.2f}, "
-                  f"validation {last['val_loss']:.2f}, {time.perf_counter() - began:.0f} s",
-                  flush=True)  # fmt: skip
+            print(
+                f"{path.name}: LAR {last['lar']:.3f}, training {last['train_loss']:.2f}, "
+                f"validation {last['val_loss']:.2f}, {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
+
+
+def main() -> None:
+    """Train all recipes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="of the logs")
+    parser.add_argument("--recipes", default="*", help="pattern of the names (default: all)")
+    parser.add_argument("--tokens", type=Path, default=Path("runs/data"), help="of token files")
+    arguments = parser.parse_args()
+    chosen = {n: r for n, r in RECIPES.items() if fnmatch.fnmatch(n, arguments.recipes)}
+    counts = {n: (r.steps * r.batch, r.sequences, 4 * r.sequences) for n, r in chosen.items()}
+    run(chosen, counts, arguments.folder, arguments.tokens)
 
 
 if __name__ == "__main__":
