@@ -13,7 +13,6 @@ sign test against the same seeds without a term, and the controls do not.
 """
 
 import argparse
-import itertools
 import json
 import math
 from pathlib import Path
@@ -173,7 +172,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     logs = {}
-    for decay, term in itertools.product(DECAYS, arguments.terms):
+    terms: list[str] = arguments.terms
+    for term, decay in [(term, decay) for decay in DECAYS for term in terms]:
         path = arguments.folder / f"{term}-decay{decay:g}.jsonl"
         if not path.exists():
             rows = arm(term, decay, arguments.c, arguments.steps, arguments.first_seed)
