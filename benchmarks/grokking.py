@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]  (not a dependency)
 
-from jlar_experiments.config import GrokConfig
+from jlar_experiments.grokking.config import GrokConfig
 from jlar_experiments.grokking import train
 
 CONFIG = GrokConfig()

@@ -1,26 +1,29 @@
 """Checkpoints of a run, the last two of them; the only file that knows orbax."""
 
-import shutil
-from collections.abc import Callable
+import gc
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, UInt32
 from orbax.checkpoint.experimental import v1 as ocp
 
+from . import errors, hosts
+from .errors import Refusal, Trouble
+from .folder import unused
+
 KEPT = 2
+# What they log of an error is hundreds of lines; the error itself is told in one.
+LOUD = [logging.getLogger(name) for name in ("absl", "asyncio", "orbax")]
 
 
-class CheckpointError(Exception):
-    """Something that the user must know of a checkpoint; the message is one line."""
-
-
-class Unsaved(CheckpointError):
-    """A checkpoint could not be written (the disk is full, say)."""
-
-
-class Foreign(CheckpointError):
+class Foreign(Refusal):
     """A checkpoint is whole, but of a state with other arrays than this version's."""
 
 
@@ -28,7 +31,7 @@ class Checkpoints:
     """Saves in the background; each appears under its step's number only once it is whole."""
 
     def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
         self._folder = folder
         self._checkpointer = ocp.training.Checkpointer(
             str(folder.resolve()),
@@ -40,17 +43,20 @@ class Checkpoints:
         """Start to save; waits only for a save that is still under way.
 
         Raises:
-            Unsaved: this save or the one before it failed.
+            Trouble: this save or the one before it failed.
         """
         # The training step donates its buffers, so what is written must be a copy. Without `force`
         # orbax skips a save while another is under way, and the last one must not be skipped.
-        try:
-            self._checkpointer.save_async(step, jax.tree.map(jnp.copy, state), force=True)
-        except Exception as error:  # orbax does not say what a failed write may raise
-            self._unsaved(error)
+        with self._unsaved():
+            described: Any = {"digest": int(digest(state, step))}
+            self._checkpointer.save_async(
+                step, jax.tree.map(jnp.copy, state), force=True, custom_metadata=described
+            )
 
     def newest(self, like: Any, warn: Callable[[str], None]) -> tuple[int, Any] | None:
-        """The newest readable step and state, or None; damaged checkpoints are removed.
+        """The newest step and state that are as they were saved, or None.
+
+        What is no such checkpoint is renamed <step>.damaged, so that nothing here deletes it.
 
         Args:
             like: a pytree of the shapes and dtypes of the state, as of `jax.eval_shape`. Arrays go
@@ -58,7 +64,8 @@ class Checkpoints:
             warn: is told of each damaged checkpoint, and when none is left.
 
         Raises:
-            Foreign: another version saved it; nothing is removed.
+            Foreign: another version saved it; nothing is renamed.
+            Trouble: the machine failed (too many open files, no memory); nothing is renamed.
         """
         place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.tree.map(
@@ -68,17 +75,39 @@ class Checkpoints:
             like,
         )
         steps = sorted((each.step for each in self._checkpointer.checkpoints), reverse=True)
+        found = None
         for step in steps:
-            try:
-                return step, self._checkpointer.load(step, like)
-            except Exception as error:  # orbax does not say what a damaged file may raise
-                self._check_own(step, like)
-                warn(f"checkpoint {step} is damaged ({type(error).__name__}) and was removed")
-                shutil.rmtree(self._folder / str(step), ignore_errors=True)
-                self._checkpointer.reload()
-        if steps:
+            # Of the older ones too: orbax deletes what has a number when there are newer ones.
+            digested, why = _attempt(lambda step=step: self._digested(step))
+            if not (why or found):
+                state, why = _attempt(lambda step=step: self._loaded(step, like))
+                if not why:
+                    _, why = _attempt(lambda s=state, step=step, d=digested: _check(s, step, d))
+                found = None if why else (step, state)
+            if why:
+                aside = unused(self._folder / f"{step}.damaged")
+                with hosts.together():
+                    if jax.process_index() == 0:
+                        (self._folder / str(step)).rename(aside)
+                warn(f"checkpoint {step} is damaged ({why}); it is now {aside.name}")
+        self._checkpointer.reload()
+        if steps and not found:
             warn(f"no checkpoint is left in {self._folder}; starting from the beginning")
-        return None
+        return found
+
+    def _digested(self, step: int) -> int:
+        """The digest that was saved with the state."""
+        path = self._folder / str(step) / "_CHECKPOINT_METADATA"
+        return int(json.loads(path.read_bytes())["custom_metadata"]["digest"])
+
+    def _loaded(self, step: int, like: Any) -> Any:
+        with _quietly():
+            try:
+                return self._checkpointer.load(step, like)
+            except Exception as error:
+                if not errors.trouble(error):
+                    self._check_own(step, like)
+                raise
 
     def _check_own(self, step: int, like: Any) -> None:
         """Raise `Foreign` if the checkpoint says that it holds other arrays than `like`."""
@@ -94,23 +123,109 @@ class Checkpoints:
                 "another folder"
             )
 
+    def wait(self) -> None:
+        """Until everything is on the disk; raises `Trouble` as `save` does."""
+        with self._unsaved():
+            self._checkpointer.wait()
+
     def close(self) -> None:
-        """Wait until everything is on the disk; raises `Unsaved` as `save` does."""
-        try:
+        """The same, and no more is saved; raises `Trouble` as `save` does."""
+        with self._unsaved():
             self._checkpointer.close()
-        except Exception as error:
-            self._unsaved(error)
 
-    def _unsaved(self, error: Exception) -> NoReturn:
-        whole = sorted(int(each.name) for each in self._folder.iterdir() if each.name.isdigit())
-        left = f"the last good one is {whole[-1]}" if whole else "there is no other"
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise Unsaved(f"a checkpoint could not be written to {self._folder} ({why}); {left}") from (
-            error
-        )
+    @contextmanager
+    def _unsaved(self) -> Iterator[None]:
+        try:
+            with _quietly():
+                yield
+        except Exception as error:  # orbax does not say what a failed write may raise
+            whole = sorted(int(each.name) for each in self._folder.iterdir() if each.name.isdigit())
+            left = f"the last good one is {whole[-1]}" if whole else "there is no other"
+            why = errors.line(errors.trouble(error) or _deepest(error))
+            raise Trouble(
+                f"a checkpoint could not be written to {self._folder} ({why[:200]}); {left}"
+            ) from error
 
 
-def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
-    """Every array's shape under the path that orbax stores it by."""
+def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:
+    """What the function returns, and the first line of the errors that it has on any host.
+
+    Raises:
+        Refusal, Trouble: on all hosts, if one of them has it.
+    """
+    result, why = None, ""
+    with hosts.together():
+        try:
+            result = function()
+        except Refusal:
+            raise
+        except Exception as error:  # neither orbax nor JSON say what a damaged file may raise
+            if trouble := errors.trouble(error):
+                raise trouble from error
+            why = errors.line(_deepest(error))
+    return result, next(filter(None, hosts.lines(why)), "")
+
+
+def _check(state: Any, step: int, digested: int) -> None:
+    if int(digest(state, step)) != digested:
+        raise ValueError("its arrays are not those that were saved")
+
+
+@jax.jit
+def digest(state: Any, step: int) -> UInt32[Array, ""]:
+    """A number that any change within one entry of the state changes, and others all but surely.
+
+    The sum over all entries of their bits, mixed with their place by the finaliser of MurmurHash3,
+    modulo 2^32: the same on any mesh, and no collective carries more than one number.
+    """
+    total = jnp.asarray(step, jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(state)):
+        a = jnp.asarray(leaf)
+        width = 8 * a.dtype.itemsize
+        if a.dtype != bool:
+            a = jax.lax.bitcast_convert_type(a, f"uint{min(width, 32)}")
+        place = jnp.full(a.shape, number + 1, jnp.uint32)
+        for axis in range(a.ndim):
+            place = _mixed(place) + jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
+        total += jnp.sum(_mixed(_mixed(place) ^ a.astype(jnp.uint32)), dtype=jnp.uint32)
+    return total
+
+
+def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> jnp.uint32(shift))) * jnp.uint32(factor)
+    return x ^ (x >> jnp.uint32(16))
+
+
+def _deepest(error: BaseException) -> BaseException:
+    """Where it began: orbax wraps an error in others that say less."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__ or error
+    return error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what orbax and its threads log of an error that is raised here as well."""
+    levels, hook = [each.level for each in LOUD], sys.unraisablehook
+    for each in LOUD:
+        each.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    except Exception:
+        sys.unraisablehook = lambda _: None
+        gc.collect()  # of tasks that nobody has waited for, which tell of it when they go
+        raise
+    finally:
+        sys.unraisablehook = hook
+        for each, level in zip(LOUD, levels, strict=True):
+            each.setLevel(level)
+
+
+def _shapes(state: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Every array's shape and dtype under the path that orbax stores it by."""
     leaves = jax.tree.leaves_with_path(state)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): a.shape for path, a in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): (a.shape, str(a.dtype))
+        for path, a in leaves
+    }

@@ -1,28 +1,59 @@
 """The command `jlar`: each study registers its commands, and loads what it needs when called."""
 
 import sys
+from typing import Any
 
-from . import paper, report, watch
-from .grokking import command as grokking
-from .options import Parser
-from .pretraining import command as pretraining
-
-COMMANDS = (grokking, pretraining, paper, report, watch)  # modules with register(commands)
+from . import errors
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; the result is the exit code."""
+    """Run the command; the result is the exit code.
+
+    0: done. 1: the machine failed. 2: something must be changed first. 130, 143: interrupted.
+    3: `jlar watch` has an alarm.
+    """
+    program, again = "jlar", "the same command continues"
+    try:
+        parser = _parser()
+        chosen, unknown = parser.parse_known_args(arguments)
+        program = chosen.parser.prog
+        if unknown:
+            chosen.parser.error(f"unknown: {' '.join(unknown)}")
+        if getattr(chosen, "fresh", False):
+            again = "the same command without --fresh continues"
+        return chosen.command(chosen)
+    except errors.Refusal as error:
+        return _told(f"{program}: error: {errors.line(error)}", 2)
+    except errors.Stopped as error:
+        return _told(f"{program}: {error}; {again}", error.exit_code)
+    except KeyboardInterrupt:
+        return _told(f"{program}: interrupted; {again}", 130)
+    except Exception as error:
+        trouble = errors.trouble(error) or (error if isinstance(error, OSError) else None)
+        if trouble is None:
+            raise
+        return _told(f"{program}: error: {errors.line(trouble)}", 1)
+
+
+def _parser() -> Any:
+    from . import paper, report, watch
+    from .grokking import command as grokking
+    from .options import Parser
+    from .pretraining import command as pretraining
+
     parser = Parser(
         prog="jlar",
         description="Studies of the log-alignment ratio (LAR), arXiv 2605.28975.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for each in COMMANDS:
+    for each in (grokking, pretraining, paper, report, watch):  # modules with register(commands)
         each.register(commands)
-    chosen, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        chosen.parser.error(f"unknown: {' '.join(unknown)}")
-    return chosen.command(chosen)
+    return parser
+
+
+def _told(line: str, code: int) -> int:
+    print(line, file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":

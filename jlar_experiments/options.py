@@ -75,6 +75,30 @@ def as_options(message: str, names: list[str]) -> str:
     return message
 
 
+def stored(values: object, kind: type[T]) -> T:
+    """The dataclass with these values, as they were read from a file.
+
+    Raises:
+        ValueError: a setting is unknown, missing, of another type, or refused by the dataclass.
+    """
+    hints = get_type_hints(kind)
+    if not isinstance(values, dict) or values.keys() != hints.keys():
+        there = values.keys() if isinstance(values, dict) else set()
+        raise ValueError(f"its settings are not this version's: {sorted(hints.keys() ^ there)[:3]}")
+    for name, value in values.items():
+        options = get_args(hints[name]) or (hints[name],)
+        fits = value in options or type(value) in options
+        fits = fits or (type(value) is int and float in options)
+        demand(fits, f"{name} is of another type", repr(value))
+    return kind(**values)
+
+
+def demand(condition: bool, message: str, value: object) -> None:
+    """A ValueError that says what must hold, and what came, unless it holds."""
+    if not condition:
+        raise ValueError(f"{message}; got {value}")
+
+
 def duration(text: str) -> float:
     """Seconds, zero or more."""
     if not float(text) >= 0:

@@ -1,10 +1,13 @@
 """The page report.html: headings, tables and figures; and tables as plain text."""
 
 import html
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import records
+from .errors import Refusal
 
 Table = Sequence[Sequence[str]]  # rows of cells, the header first
 
@@ -33,6 +36,19 @@ def write(folder: Path, title: str, blocks: Sequence[str]) -> Path:
     path = folder / "report.html"
     records.write_whole(path, PAGE.format(title=html.escape(title), body="\n".join(blocks)))
     return path
+
+
+@contextmanager
+def figures(folder: Path) -> Iterator[Path]:
+    """An empty folder for drawings; when the block ends, each takes its place in figures/."""
+    with tempfile.TemporaryDirectory(suffix=records.DRAFT, dir=folder) as drafts:
+        yield Path(drafts)
+        place = folder / "figures"
+        place.mkdir(exist_ok=True)
+        if place.is_symlink():
+            raise Refusal(f"{place} is a link; move it out of there")
+        for each in sorted(Path(drafts).iterdir()):
+            each.replace(place / each.name)
 
 
 def heading(words: str) -> str:

@@ -1,55 +1,193 @@
-"""Run folders: JSON files written so that a kill at any moment leaves them readable."""
+"""Records on the disk, written so that a kill or an error at any moment leaves them readable."""
 
 import json
 import math
 import os
 import platform
+import secrets
+import stat
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from .errors import Refusal
 
 Row = dict[str, Any]
 
 PACKAGES = ("jlar", "jax", "jaxlib", "equinox", "optax", "orbax-checkpoint", "numpy")
+SWITCHES = ("jax_enable_x64", "jax_default_prng_impl", "jax_threefry_partitionable",
+            "jax_default_matmul_precision")  # fmt: skip
+DRAFT = ".draft"  # how the names of files end that are not whole yet
+RESTORE = "put back what was there, or begin again with --fresh, which keeps it under another name"
+
+
+@contextmanager
+def draft(path: Path) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `path` when the block ends: whole, and on the disk.
+
+    Its name cannot be foreseen and it is never opened through a link, nor is `path`.
+    """
+    name = path.with_name(f".{path.name}.{secrets.token_hex(8)}{DRAFT}")
+    try:
+        with name.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        name.replace(path)
+        sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            name.unlink()
+        raise
+
+
+def sync(folder: Path) -> None:
+    """Put the names of the files in this folder on the disk."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Put the text there at once: readers see the old file or the new one, never a part."""
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    with draft(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, described: Row) -> None:
+    """The same for a JSON file that people read."""
+    write_whole(path, json.dumps(described, indent=2) + "\n")
+
+
+def not_through_links(path: str, flags: int) -> int:
+    """An `opener` for `open` that refuses a path whose last part is a link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add one line per row; on the disk when this returns."""
-    lines = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    """Add one line per row, all of them or, if there is an error, none; on the disk on return."""
+    lines = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows).encode()
+    with open(path, "ab", buffering=0, opener=not_through_links) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(lines)
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                file.truncate(before)
+            raise
+
+
+def regular(path: Path) -> bool:
+    """Whether there is a file; `Refusal` if there is something that is none (a folder, a pipe)."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if not stat.S_ISREG(mode):
+        raise Refusal(f"{path} is not a file")
+    return True
 
 
 def read(path: Path) -> list[Row]:
-    """All rows; a last line that was torn by a kill does not count, nor does a missing file."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]  # after the last newline: nothing, or torn
+    """All rows; a last line that was torn by a kill does not count, nor does a missing file.
+
+    Raises:
+        Refusal: a line is not a record; the message names it.
+    """
+    return [row for _, row in _lines(path)]
 
 
-def keep(path: Path, wanted: Callable[[Row], bool]) -> list[Row]:
-    """Drop the rows that are not wanted, and a torn last line; the rest stays byte for byte."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    kept = [line for line in lines if wanted(json.loads(line))]
-    write_whole(path, "".join(line + "\n" for line in kept))
-    return [json.loads(line) for line in kept]
+def _lines(path: Path) -> list[tuple[bytes, Row]]:
+    """Every line of the file as it is there, and its row."""
+    found = []
+    lines = path.read_bytes().split(b"\n") if regular(path) else [b""]
+    for number, text in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or torn
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise Refusal(f"{path}, line {number} is not a record; {RESTORE}")
+        found.append((text, row))
+    return found
+
+
+Place = tuple[Hashable, Any]  # a series of rows, and where in it a row is
+
+
+def keep(
+    path: Path,
+    wanted: Callable[[Row], bool],
+    *,
+    place: Callable[[Row], Place],
+    due: Mapping[Any, Iterable[Any]],
+    passed: Callable[[Row], bool] | None = None,
+) -> list[Row]:
+    """Take out the rows that are not wanted, and a torn last line; the rest stays byte for byte.
+
+    What is taken out goes to <name>.ahead.jsonl and stays there until the run has come past it.
+
+    Args:
+        wanted: whether a row is to stay.
+        place: the series that a row belongs to and its place there.
+        due: the places of each series that there have to be, in order.
+        passed: whether the run has come past a row that was taken out; as `wanted` if not given.
+
+    Raises:
+        Refusal: other rows would stay than are due. The message names file and line; nothing is
+            changed.
+    """
+    lines, ahead = _lines(path), path.with_suffix(".ahead.jsonl")
+    try:
+        stay = [wanted(row) for _, row in lines]
+        _check(path, [row for _, row in lines], stay, place, due)
+        out = [each for each, stays in zip(lines, stay, strict=True) if not stays]
+        left = [each for each in [*_lines(ahead), *out] if not (passed or wanted)(each[1])]
+    except (KeyError, TypeError) as error:
+        raise Refusal(f"{path} has a row without {error}; {RESTORE}") from error
+    if out or regular(ahead):
+        write_whole(ahead, "".join(f"{text.decode()}\n" for text in dict(left)))
+    kept = [each for each, stays in zip(lines, stay, strict=True) if stays]
+    if regular(path):
+        write_whole(path, "".join(f"{text.decode()}\n" for text, _ in kept))
+    return [row for _, row in kept]
+
+
+def _check(
+    path: Path,
+    rows: list[Row],
+    stay: list[bool],
+    place: Callable[[Row], Place],
+    due: Mapping[Any, Iterable[Any]],
+) -> None:
+    waiting = {series: iter(places) for series, places in due.items()}
+    for number, (row, stays) in enumerate(zip(rows, stay, strict=True), start=1):
+        if stays:
+            series, there = place(row)
+            expected = next(waiting.get(series, iter(())), None)
+            if there != expected:
+                raise Refusal(
+                    f"{path}, line {number}: {_shown(there)} is there where "
+                    f"{_shown(expected)} is due; {RESTORE}"
+                )
+    for places in waiting.values():
+        for missing in places:
+            raise Refusal(
+                f"{path}, line {len(rows) + 1}: {_shown(missing)} is missing, which the "
+                f"checkpoint has passed; {RESTORE}"
+            )
+
+
+def _shown(place: Any) -> str:
+    return " ".join(str(each) for each in place) if isinstance(place, tuple) else str(place)
 
 
 def number(value: Any) -> float:
@@ -83,6 +221,13 @@ def environment() -> Row:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "git_commit": _git_commit(),
     }
+
+
+def numbers() -> Row:
+    """The switches of JAX that make other numbers of the same settings."""
+    import jax
+
+    return {name: getattr(jax.config, name) for name in SWITCHES}
 
 
 def _git_commit() -> str | None:

@@ -2,9 +2,12 @@
 
 import argparse
 import importlib
-import json
+import traceback
 from pathlib import Path
 from typing import Any
+
+from . import errors
+from .errors import Refusal
 
 # By "study" in config.json; modules with write(folder), which returns the table as text.
 STUDIES = {
@@ -28,22 +31,38 @@ def register(commands: Any) -> None:
 
 def report(arguments: argparse.Namespace) -> int:
     """`jlar report RUN`: draw the figures and the report from the records."""
-    if study(arguments.run) is None or not any(arguments.run.rglob("metrics.jsonl")):
-        arguments.parser.error(f"{arguments.run} holds no records of a run")
     print(write(arguments.run))
     return 0
 
 
 def study(folder: Path) -> str | None:
     """The study that this folder is a run of; None if it is none."""
+    from .folder import read
+
     try:
-        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return stored["study"] if stored["study"] in STUDIES else None
-    except (OSError, ValueError, KeyError, TypeError):
+        stored = read(folder)
+    except (Refusal, OSError):
         return None
+    return stored["study"] if stored and stored["study"] in STUDIES else None
 
 
 def write(folder: Path) -> str:
-    """Draw the figures and report.html of the run in this folder; returns the table as text."""
-    module = importlib.import_module(STUDIES[study(folder) or ""], __package__)
-    return module.write(folder)
+    """Draw the figures and report.html of the run in this folder; returns the table as text.
+
+    Raises:
+        Refusal: the folder holds no records of a run, or such as nothing can be drawn of.
+    """
+    name = study(folder)
+    if name is None or not any(folder.glob("metrics.jsonl")) | any(folder.glob("*/metrics.jsonl")):
+        raise Refusal(f"{folder} holds no records of a run")
+    module = importlib.import_module(STUDIES[name], __package__)
+    try:
+        return module.write(folder)
+    except Refusal:
+        raise
+    except Exception as error:  # of records that somebody else has written
+        if errors.trouble(error):
+            raise
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(at.filename).name} line {at.lineno}"
+        raise Refusal(f"{folder} cannot be drawn ({errors.line(error)}, {where})") from error

@@ -1,7 +1,6 @@
 """What a run's records say, seed by seed, and the paper's points to set beside it."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import records
-from ..config import GrokConfig
+from ..folder import settings
 from ..records import Row
+from .config import GrokConfig
 
 POINTS = ("memorised", "grokked", "final")
 REFERENCE = Path(__file__).parents[1] / "reference"
@@ -85,8 +85,7 @@ class Run:
 
 def read(folder: Path) -> Run:
     """The run in this folder."""
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = GrokConfig(**stored.pop("settings"))
+    stored, config = settings(folder, "grok", GrokConfig)
     rows = records.read(folder / "metrics.jsonl")
     fitted = records.read(folder / "alpha.jsonl")  # by benchmarks/alpha.py, where it was run
     alphas = {(each["seed"], each["epoch"]): each["alpha"] for each in fitted}

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from ..config import GrokConfig
 from ..records import Row
 from .analysis import SHARE, Run, Timeline
+from .config import GrokConfig
 from .dating import KINDS, Kind, Rule, chosen, crossing, score, series
 from .plan import SMALL_P
 from .plates import cells, label, lines

@@ -1,14 +1,13 @@
 """The command `jlar grok`."""
 
 import argparse
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
 
 from .. import report
-from ..config import GrokConfig
-from ..options import Parser, add_settings, duration, settings
+from ..options import add_settings, duration, settings
+from .config import GrokConfig
 from .tasks import TASKS
 
 
@@ -34,7 +33,11 @@ Tasks 1 to 9 are modulo p; 4 is x/y for odd y, x-y for even y; S5: permutations.
     again.add_argument(
         "--resume", action="store_true", help="continue what is in the folder (the default)"
     )
-    again.add_argument("--fresh", action="store_true", help="throw away what is in the folder")
+    again.add_argument(
+        "--fresh",
+        action="store_true",
+        help="begin again; what is in the folder moves to FOLDER/earlier",
+    )
     folder.add_argument(
         "--checkpoint-seconds",
         type=duration,
@@ -46,24 +49,12 @@ Tasks 1 to 9 are modulo p; 4 is x/y for odd y, x-y for even y; S5: permutations.
 
 def grok(arguments: argparse.Namespace) -> int:
     """`jlar grok`: train, or continue, and report."""
-    parser: Parser = arguments.parser
     config = settings(arguments, GrokConfig)
-    from ..checkpoint import CheckpointError
     from . import ensemble, study
 
     folder = arguments.out or Path("runs") / config.name
-    try:
-        study.prepare(config, folder, fresh=arguments.fresh)
-    except (study.Refused, OSError) as error:
-        parser.error(str(error))
-    try:
-        trained = ensemble.run(config, folder, checkpoint_seconds=arguments.checkpoint_seconds)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command continues {folder}", file=sys.stderr)
-        return 130
-    except CheckpointError as error:
-        parser.error(str(error))
-    if not trained:
-        print(f"{folder} is finished; drawing its report again")
-    print(report.write(folder))
+    with study.opened(config, folder, fresh=arguments.fresh):
+        if not ensemble.run(config, folder, checkpoint_seconds=arguments.checkpoint_seconds):
+            print(f"{folder} is finished; drawing its report again")
+        print(report.write(folder))
     return 0

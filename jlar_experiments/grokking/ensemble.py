@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import records
-from ..config import GrokConfig
+from ..errors import Stopped
 from ..monitoring import live
 from ..progress import Progress, say
 from ..records import Row
+from ..signals import stops
 from . import train
 from .analysis import Timeline
-from .study import Run, claimed
+from .config import GrokConfig
+from .study import Run
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,22 +61,14 @@ def together(
     """Train, or continue, runs whose `program` is equal; False if there was nothing to do here.
 
     Args:
-        runs: the settings of each and its folder, made ready by `study.prepare`.
+        runs: the settings of each and its folder, within `study.opened`.
         checkpoint_seconds: time between checkpoints; changes no number.
         until: the time (`time.monotonic`) at which to stop, between two logs.
     """
     with contextlib.ExitStack() as stack:
-        folders = []
-        for config, folder in runs:
-            claim = claimed(folder)
-            if claim is None:
-                say(f"{folder} is being trained by another process and left to it")
-                continue
-            stack.enter_context(claim)
-            folders.append(Run(config, folder))
-            stack.callback(folders[-1].checkpoints.close)
-        if not folders:
-            return True
+        folders = [Run(config, folder) for config, folder in runs]
+        for each in folders:
+            stack.callback(each.checkpoints.close)
         return Ensemble(folders, checkpoint_seconds=checkpoint_seconds).train(until)
 
 
@@ -101,11 +95,14 @@ class Ensemble:
                 say(f"continuing from epoch {self.epoch()}")
             self._log([each for each in self.members if each.line.epoch < 0], 0.0)
             self._save(force=True)
-            while (live := self._live()) and time.monotonic() < until:
-                rows = self._log(live, self._advance(live))
-                self._save(force=False)
-                progress.show(self.epoch(), rows, max(each.end() for each in todo))
-            self._save(force=True)
+            with stops() as stop:
+                while (live := self._live()) and time.monotonic() < until and not stop():
+                    rows = self._log(live, self._advance(live))
+                    self._save(force=False)
+                    progress.show(self.epoch(), rows, max(each.end() for each in todo))
+                self._save(force=True)
+            if stop():
+                raise Stopped(stop(), f"saved at epoch {self.epoch()}")
             return True
         finally:
             progress.close()

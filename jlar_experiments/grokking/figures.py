@@ -10,9 +10,9 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..config import GrokConfig
 from ..records import Row
 from .analysis import POINTS, Run, Timeline, paper_point, reference
+from .config import GrokConfig
 
 LAR, ACCURACY = "#1f4e9c", "#d1762a"
 POINT_COLOURS = {"memorised": "#8a4fa3", "grokked": "#2c8a57", "final": "#333333"}

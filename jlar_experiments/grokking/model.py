@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ..config import GrokConfig
+from .config import GrokConfig
 
 Scores = Float[Array, "seen b heads"]
 """Of one position of b pairs, for each of the first positions up to itself."""

@@ -1,17 +1,17 @@
 """The command `jlar paper grokking`: the runs of section 4, those that are left to do, and more."""
 
 import argparse
-import json
+import contextlib
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import records, report
-from ..config import GrokConfig
-from ..options import Parser, add_settings, duration, settings
+from .. import report
+from ..errors import Locked
+from ..options import add_settings, duration, settings
+from .config import GrokConfig
 from .plan import SETS, PaperConfig, folder_name
 
 STUDY = "paper grokking"
@@ -61,30 +61,12 @@ def grokking(arguments: argparse.Namespace) -> int:
     """Train what is left to do, and report."""
     paper = settings(arguments, PaperConfig)
     until = time.monotonic() + 60 * arguments.minutes
-    from ..checkpoint import CheckpointError
-    from . import study
+    from .. import folder, records
 
-    parser: Parser = arguments.parser
-    try:
-        _make_ready(arguments.out)
-        _train(paper, arguments.out, until, arguments.checkpoint_seconds)
-    except (study.Refused, CheckpointError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command continues {arguments.out}", file=sys.stderr)
-        return 130
+    folder.collection(arguments.out, STUDY, **records.environment())
+    _train(paper, arguments.out, until, arguments.checkpoint_seconds)
     print(report.write(arguments.out))
     return 0
-
-
-def _make_ready(out: Path) -> None:
-    from . import study
-
-    if out.exists() and any(out.iterdir()) and report.study(out) != STUDY:
-        raise study.Refused(f"{out} is not a folder of this study; choose another with --out")
-    out.mkdir(parents=True, exist_ok=True)
-    described = {"study": STUDY, **records.environment()}
-    records.write_whole(out / "config.json", json.dumps(described, indent=2) + "\n")
 
 
 def _train(paper: PaperConfig, out: Path, until: float, checkpoint_seconds: float) -> None:
@@ -100,9 +82,16 @@ def _train(paper: PaperConfig, out: Path, until: float, checkpoint_seconds: floa
             say("the time is up; the same command goes on")
             return
         say(f"{number} of {len(groups)}: {', '.join(folder.name for _, folder in group)}")
-        for config, folder in group:
-            study.prepare(config, folder, fresh=False)
-        ensemble.together(group, checkpoint_seconds=checkpoint_seconds, until=until)
+        with contextlib.ExitStack() as stack:
+            own = []
+            for config, folder in group:
+                try:
+                    stack.enter_context(study.opened(config, folder))
+                    own.append((config, folder))
+                except Locked as error:
+                    say(f"{error}, and left to it")
+            if own:
+                ensemble.together(own, checkpoint_seconds=checkpoint_seconds, until=until)
 
 
 def _groups(planned: Sequence[Planned]) -> Iterator[list[Planned]]:

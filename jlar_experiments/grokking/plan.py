@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from ..config import GrokConfig, demand
+from ..options import demand
+from .config import GrokConfig
 from .tasks import TASKS, task
 
 SMALL_P = 31

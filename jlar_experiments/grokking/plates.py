@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..config import GrokConfig
 from .analysis import POINTS, Run, Timeline, figure3, paper_point
+from .config import GrokConfig
 from .figures import ACCURACY, LAR, POINT_COLOURS, STYLE, band, save, spectrum, square, title
 from .plan import SMALL_P, small
 

@@ -10,8 +10,8 @@ from .figures import draw, title
 def write(folder: Path) -> str:
     """Draw the figures and report.html of the run in this folder; returns the table as text."""
     run = analysis.read(folder)
-    (folder / "figures").mkdir(exist_ok=True)
-    figures = draw(run, folder / "figures")
+    with page.figures(folder) as drafts:
+        figures = draw(run, drafts)
     source, table = analysis.summary(run)
     note = f"The columns on the right are the paper's mean (range) over its points: {source}."
     described = {**run.environment.pop("versions"), **run.environment}

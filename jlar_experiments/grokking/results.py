@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from .. import page
-from ..config import GrokConfig
 from ..records import write_whole
 from . import analysis, beyond, plates
 from .analysis import REFERENCE, Run, Timeline
+from .config import GrokConfig
 
 RESAMPLES = 10_000
 FRACTIONS = (0.05, 0.1, 0.2, 0.3)  # of set B
@@ -26,14 +26,14 @@ Pair = tuple[float, float]  # k_pred, k95
 def write(folder: Path) -> str:
     """Draw the figures and report.html of the runs in this folder; returns table 1 as text."""
     runs = read(folder)
-    (folder / "figures").mkdir(exist_ok=True)
     table, note = table1(runs), _note(runs)
     blocks = [page.heading("Table 1: RMSE between k_pred and k95"), page.table(table)]
     blocks += [page.note(note), page.heading("The runs"), page.table(runs_table(runs))]
     _write_csv(folder / "table1.csv", table)
     _write_csv(folder / "runs.csv", runs_table(runs))
     _write_csv(folder / "logs.csv", logs_table(runs))
-    figures = plates.draw(runs, folder / "figures")
+    with page.figures(folder) as drafts:
+        figures = plates.draw(runs, drafts)
     blocks += [page.figure(*each) for each in figures.items()]
     for name, (title, caption, rows) in beyond.tables(runs).items():
         if len(rows) > 1:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import jlar
 
-from ..config import GrokConfig
+from .config import GrokConfig
 from .measures import Harmonics, comparators, harmonics
 from .model import MODELS, Norm, OneHotMLP, Transformer
 

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from .. import folder as folders
 from .. import records
+from ..errors import Refusal
 from ..monitoring.verdict import OVERFITTING
 from ..records import Row
 from .config import PretrainConfig
@@ -128,15 +129,16 @@ def short(tokens: int) -> str:
 def read(folder: Path) -> list[Run]:
     """All runs of two rows or more in this folder, or the run that it is; large data first."""
     found = []
-    for path in sorted([folder / "config.json", *folder.glob("*/config.json")]):
-        if not path.exists() or not (path.parent / "metrics.jsonl").exists():
+    single = (folder / "metrics.jsonl").exists()
+    for path in [folder] if single else sorted(each for each in folder.iterdir() if each.is_dir()):
+        stored = folders.read(path) if (path / "metrics.jsonl").exists() else None
+        if stored is None or stored["study"] != "pretrain":
             continue
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored.get("study") != "pretrain":
-            continue
-        config, rows = PretrainConfig(**stored.pop("settings")), None
-        rows = records.read(path.parent / "metrics.jsonl")
-        inspections = records.read(path.parent / "inspections.jsonl")
+        stored, config = folders.settings(path, "pretrain", PretrainConfig)
+        if stored.get("preset") not in PRESETS:
+            raise Refusal(f"{path / 'config.json'}: there is no preset {stored.get('preset')!r}")
+        rows = records.read(path / "metrics.jsonl")
+        inspections = records.read(path / "inspections.jsonl")
         if len(rows) > 1:
             found.append(Run(config, stored.pop("preset"), stored, rows, inspections))
     names = [each.name for each in dataclasses.fields(PretrainConfig)]

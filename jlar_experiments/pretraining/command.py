@@ -1,13 +1,16 @@
 """The commands `jlar data`, `jlar pretrain` and `jlar paper pretraining`."""
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .. import options, report
+from ..errors import Refusal
 from ..options import Parser
 from .config import PretrainConfig
 from .presets import PRESETS, Preset
@@ -75,7 +78,9 @@ def _where(parser: Any, folder: str) -> None:
     )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="continue (the default)")
-    again.add_argument("--fresh", action="store_true", help="throw away what is in the folder")
+    again.add_argument(
+        "--fresh", action="store_true", help="begin again; what is there moves to earlier/"
+    )
     parser.add_argument(
         "--distributed",
         nargs="?",
@@ -132,10 +137,7 @@ def data(arguments: argparse.Namespace) -> int:
 
     chosen = arguments.corpus, arguments.tokenizer, arguments.vocabulary
     folder = arguments.out or corpus.folder(*chosen, RUNS / "data")
-    try:
-        made = corpus.prepare(*chosen, folder, lambda text: print(text, file=sys.stderr))
-    except (corpus.Unusable, OSError) as error:
-        parser.error(str(error))
+    made = corpus.prepare(*chosen, folder, lambda text: print(text, file=sys.stderr))
     print(
         f"{folder}: {made.tokens['train']:,} tokens of {made.documents['train']:,} documents to "
         f"train on, {made.tokens['validation']:,} of {made.documents['validation']:,} held out; "
@@ -150,8 +152,8 @@ def pretrain(arguments: argparse.Namespace) -> int:
     config = _config(arguments, preset)
     folder = arguments.out or RUNS / arguments.preset / preset.name(config)
     run = (config, folder, arguments.baseline)
-    code = _trained(arguments, None if arguments.out else folder.parent, [run])
-    return code if code else _report(folder if arguments.out else folder.parent)
+    _trained(arguments, None if arguments.out else folder.parent, [run])
+    return _report(folder if arguments.out else folder.parent)
 
 
 def paper(arguments: argparse.Namespace) -> int:
@@ -176,8 +178,8 @@ def paper(arguments: argparse.Namespace) -> int:
         (arm, folder, None if folder == first[arm.optimiser] else first[arm.optimiser])
         for arm, folder in folders
     ]
-    code = _trained(arguments, root, runs)
-    return code if code else _report(root)
+    _trained(arguments, root, runs)
+    return _report(root)
 
 
 def _settings() -> set[str]:
@@ -200,41 +202,45 @@ def _trained(
     arguments: argparse.Namespace,
     root: Path | None,
     runs: list[tuple[PretrainConfig, Path, Path | None]],
-) -> int:
-    """Train each run in its folder, beside the baseline in another; the exit code.
+) -> None:
+    """Train each run in its folder, beside the baseline in another.
 
     `root` is the folder of all, if they have one in common.
     """
-    parser: Parser = arguments.parser
     import jax
 
-    if arguments.distributed is not None:
-        jax.distributed.initialize(**arguments.distributed)
-    from ..checkpoint import CheckpointError
-    from . import corpus, study
+    from .. import folder as folders
+    from .. import hosts
+    from . import study
 
+    if arguments.distributed is not None:
+        hosts.start(**arguments.distributed)
     for config, folder, compared in runs:
-        try:
-            baseline = None if compared is None else study.baseline(compared)
-            tokens = study.tokens(config, arguments.data)
-            study.check(config, tokens)
-            if jax.process_index() == 0:
-                if root is not None:
-                    study.prepare_all(arguments.preset, root)
-                study.prepare(config, arguments.preset, folder, fresh=arguments.fresh)
+        with contextlib.ExitStack() as stack:
+            with hosts.together():
+                baseline = None if compared is None else study.baseline(compared)
+            with _named_as_options():
+                tokens = study.tokens(config, arguments.data)
+            with hosts.together():
+                with _named_as_options():
+                    study.check(config, tokens)
+                if root is not None and jax.process_index() == 0:
+                    folders.collection(root, "pretrain", preset=arguments.preset)
+                stack.enter_context(
+                    study.opened(config, arguments.preset, folder, tokens, fresh=arguments.fresh)
+                )
             if len(runs) > 1:
                 print(f"{folder.name}: {config.epochs:.3g} epochs", file=sys.stderr)
             if not study.run(config, folder, tokens, baseline):
                 print(f"{folder} is finished", file=sys.stderr)
-        except (ValueError, study.Refused, corpus.Unusable, CheckpointError, OSError) as error:
-            parser.error(options.as_options(str(error), list(_settings())))
-        except KeyboardInterrupt:
-            print(f"\ninterrupted; the same command continues {folder}", file=sys.stderr)
-            return 130
-        except study.Terminated:
-            print(f"saved; the same command continues {folder}", file=sys.stderr)
-            return 143
-    return 0
+
+
+@contextlib.contextmanager
+def _named_as_options() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, Refusal) as error:
+        raise Refusal(options.as_options(str(error), list(_settings()))) from error
 
 
 def _report(folder: Path) -> int:

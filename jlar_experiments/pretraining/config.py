@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
+from ..options import demand
+
 Optimiser = Literal["adam", "adamw", "muon"]
 Schedule = Literal["cosine", "constant"]
 Remat = Literal["none", "dots", "full"]
@@ -21,6 +23,8 @@ POSITIVE = (
     "length unique_tokens validation_tokens width layers heads hidden tensor batch steps "
     "validate_every inspect_every checkpoint_every"
 ).split()
+
+TOP = (1, 2, 3, 5, 10)  # the k of L_k and D_k
 
 
 @dataclass(frozen=True)
@@ -83,25 +87,25 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         """Refuse, in one line, what cannot be trained."""
         for name, choices in CHOICES.items():
-            _demand(getattr(self, name) in get_args(choices), f"{name} must be one of "
+            demand(getattr(self, name) in get_args(choices), f"{name} must be one of "
                     f"{', '.join(get_args(choices))}", getattr(self, name))  # fmt: skip
         for name in POSITIVE:
-            _demand(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
+            demand(getattr(self, name) >= 1, f"{name} must be at least 1", getattr(self, name))
         for name in ("attention_cap", "final_cap", "weight_decay"):
             value = getattr(self, name)
-            _demand(0 <= value < math.inf, f"{name} must be finite and not negative", value)
+            demand(0 <= value < math.inf, f"{name} must be finite and not negative", value)
         for name in ("lr", "clip"):
             value = getattr(self, name)
-            _demand(0 < value < math.inf, f"{name} must be positive and finite", value)
+            demand(0 < value < math.inf, f"{name} must be positive and finite", value)
         for name in ("beta1", "beta2"):
-            _demand(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
-        _demand(0 <= self.seed < 2**31, "seed must be from 0 to 2^31 - 1", self.seed)
-        _demand(
+            demand(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1)", getattr(self, name))
+        demand(0 <= self.seed < 2**31, "seed must be from 0 to 2^31 - 1", self.seed)
+        demand(
             0 <= self.warm_up <= self.steps,
             f"warm_up must be from 0 to steps ({self.steps})",
             self.warm_up,
         )
-        _demand(
+        demand(
             self.layers % max(self.unroll, 1) == 0 and self.unroll >= 1,
             f"unroll must divide layers ({self.layers})",
             self.unroll,
@@ -109,28 +113,28 @@ class PretrainConfig:
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        _demand(
+        demand(
             self.width % (2 * self.heads) == 0,
             f"heads must divide the width ({self.width}) into even parts, which RoPE rotates",
             self.heads,
         )
-        _demand(self.vocabulary >= 2, "vocabulary must be at least 2", self.vocabulary)
+        demand(self.vocabulary >= 2, "vocabulary must be at least 2", self.vocabulary)
         if self.tokenizer == "bytes":
-            _demand(
+            demand(
                 self.vocabulary >= 256, "vocabulary must be at least 256 for bytes", self.vocabulary
             )
-        _demand(
+        demand(
             self.unique_tokens >= self.length,
             f"unique_tokens must be one sequence ({self.length}) at least",
             self.unique_tokens,
         )
-        _demand(
+        demand(
             self.validation_tokens >= self.length,
             f"validation_tokens must be one sequence ({self.length}) at least",
             self.validation_tokens,
         )
         if self.optimiser == "adam":
-            _demand(
+            demand(
                 self.weight_decay == 0,
                 "weight_decay must be 0 for adam; optimiser adamw decays",
                 self.weight_decay,
@@ -162,8 +166,3 @@ class PretrainConfig:
         """Of a training step without recomputation: 6 per used weight, and causal attention."""
         used = self.parameters - (0 if self.tied else self.vocabulary * self.width)
         return 6.0 * used + 6.0 * self.layers * self.width * self.length
-
-
-def _demand(condition: bool, message: str, value: object) -> None:
-    if not condition:
-        raise ValueError(f"{message}; got {value}")

@@ -5,14 +5,18 @@ one after another with an end token between them. A tenth of the documents, chos
 their content, is held out; documents with the same content count once, so none is on both sides.
 """
 
+import contextlib
+import fcntl
+import glob
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +25,22 @@ import numpy as np
 from jaxtyping import Integer
 
 from .. import records
+from ..errors import Refusal
+from ..folder import unused
 
 Tokenizer = Literal["bytes", "bpe"]
 HELD_OUT = 10  # one document in this many
 PIECE = 65_536  # bytes of a piece of a single file, which has no documents
+LARGE = 2**26  # bytes of a file in a folder from which it is cut like a single one
+LONGEST_LINE = 2**20  # bytes of a line from which it is cut
+READ = 2**33  # bytes of a token file up to which its digest is checked before each run
+NAMED = 10  # files that are no text, in one line
+PACKAGES = ("site-packages", "dist-packages")
+NAMES = ("stdlib", "site-packages")  # of what comes with Python
+LOCK = "lock"
+Say = Callable[[str], None]
 END = "<|end|>"
 FILES = {"train": "train.bin", "validation": "validation.bin"}
-
-
-class Unusable(Exception):
-    """The text or the token files cannot be used; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class Sidecar:
     documents: dict[str, int]
     largest_id: int
     python: str
+    source: str
     sha256: dict[str, str]
 
 
@@ -53,55 +64,99 @@ def folder(corpus: str, tokenizer: Tokenizer, vocabulary: int, root: Path) -> Pa
     if (Path(corpus) / "tokens.json").exists():
         return Path(corpus)
     name = Path(corpus).name or "root"
-    if corpus not in ("stdlib", "site-packages"):
+    if corpus not in NAMES:
         name += "-" + hashlib.sha256(str(Path(corpus).resolve()).encode()).hexdigest()[:8]
     return root / (f"{name}-bytes" if tokenizer == "bytes" else f"{name}-bpe{vocabulary}")
 
 
-def documents(corpus: str) -> Iterator[bytes]:
-    """Every different text of the corpus once, in the order of the paths."""
-    seen = set()
-    for text in _texts(corpus):
-        digest = hashlib.sha256(text).digest()
-        if text and digest not in seen:
-            seen.add(digest)
-            yield text
+def documents(corpus: str, say: Say | None = None) -> Iterator[bytes]:
+    """Every different text of the corpus once, in the order of the paths.
+
+    Args:
+        say: is told, in one line, which files of a folder are no text.
+
+    Raises:
+        Refusal: there is no such corpus, or its only file is no text.
+    """
+    seen, left_out = set(), []
+    for path in _files(corpus):
+        try:
+            for text in _pieces(path, cut=Path(corpus).is_file()):
+                digest = hashlib.sha256(text).digest()
+                if text and digest not in seen:
+                    seen.add(digest)
+                    yield text
+        except ValueError as error:
+            if Path(corpus).is_file():
+                raise Refusal(f"corpus {path} is not text: {error}") from None
+            left_out.append(f"{path} ({error})")
+    if say and left_out:
+        more = f" and {len(left_out) - NAMED} more" if len(left_out) > NAMED else ""
+        say(f"left out, being no text: {', '.join(left_out[:NAMED])}{more}")
 
 
-def _texts(corpus: str) -> Iterator[bytes]:
+def _files(corpus: str) -> Iterator[Path]:
+    """The files of the corpus in order; hidden ones are not."""
+    root, suffix, skip = Path(corpus), "", ()
     if corpus == "stdlib":
-        root, skip = Path(sysconfig.get_path("stdlib")), ("site-packages", "dist-packages")
-        yield from _read(root, ".py", skip)
+        root, suffix, skip = Path(sysconfig.get_path("stdlib")), ".py", PACKAGES
     elif corpus == "site-packages":
-        yield from _read(Path(sysconfig.get_path("purelib")), ".py", ())
-    elif Path(corpus).is_dir():
-        yield from _read(Path(corpus), "", ())
-    elif Path(corpus).is_file():
-        lines = Path(corpus).read_bytes().splitlines(keepends=True)
-        ends = np.cumsum([len(line) for line in lines]) // PIECE
-        for _, piece in itertools.groupby(zip(ends, lines, strict=True), key=lambda pair: pair[0]):
-            yield b"".join(line for _, line in piece)
-    else:
-        raise Unusable(
+        root, suffix = Path(sysconfig.get_path("purelib")), ".py"
+    elif not (root.is_dir() or root.is_file()):
+        raise Refusal(
             f"corpus must be stdlib, site-packages, or an existing file or folder; got {corpus}"
         )
-
-
-def _read(root: Path, suffix: str, skip: tuple[str, ...]) -> Iterator[bytes]:
-    """The UTF-8 files below this folder; others, and hidden ones, are not text."""
+    if root.is_file():
+        yield root
     for here, folders, files in os.walk(root):
         folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
         for name in sorted(files):
             path = Path(here) / name
-            if not name.endswith(suffix) or name.startswith(".") or not path.is_file():
-                continue
-            text = path.read_bytes()
-            try:
-                text.decode()
-            except UnicodeDecodeError:
-                continue
-            if b"\0" not in text:
-                yield text
+            if name.endswith(suffix) and not name.startswith(".") and path.is_file():
+                yield path
+
+
+def _pieces(path: Path, *, cut: bool) -> Iterator[bytes]:
+    """The text of a file, whole or cut into pieces at line ends; a very large one always is.
+
+    Raises:
+        ValueError: the piece that comes next is not UTF-8, or holds a NUL, which ends documents.
+    """
+    with path.open("rb") as file:
+        if not cut and os.fstat(file.fileno()).st_size <= LARGE:
+            yield _checked(file.read(), 0)
+            return
+        piece, start, end = [], 0, 0
+        while line := file.readline(LONGEST_LINE):
+            for _ in range(3):  # bytes that a character may go on for where a line is cut
+                if file.peek(1)[:1] and file.peek(1)[0] & 0xC0 == 0x80:
+                    line += file.read(1)
+            if piece and (end + len(line)) // PIECE > end // PIECE:
+                yield _checked(b"".join(piece), start)
+                piece, start = [], end
+            piece.append(line)
+            end += len(line)
+        yield _checked(b"".join(piece), start)
+
+
+def _checked(text: bytes, start: int) -> bytes:
+    """The text; ValueError tells what is wrong with it, `start` bytes into its file."""
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"no UTF-8 at byte {start + error.start}") from None
+    if (place := text.find(b"\0")) >= 0:
+        raise ValueError(f"a NUL at byte {start + place}")
+    return text
+
+
+def _source(corpus: str) -> str:
+    """A digest of what the files of the corpus are called, how large and how old they are."""
+    digest = hashlib.sha256()
+    for path in _files(corpus):
+        at = path.stat()
+        digest.update(f"{path}\0{at.st_size}\0{at.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def held_out(text: bytes) -> bool:
@@ -109,53 +164,78 @@ def held_out(text: bytes) -> bool:
     return hashlib.sha256(b"held out" + text).digest()[0] * HELD_OUT < 256
 
 
-def prepare(
-    corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, say: Callable[[str], None]
-) -> Sidecar:
-    """Make the token files, whole or not at all; or read the sidecar of those that are there."""
+def prepare(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, say: Say) -> Sidecar:
+    """Make the token files, whole or not at all; or read the sidecar of those that are there.
+
+    Where the text has changed since, those of the old text are set aside under another name.
+    """
     if (out / "tokens.json").exists():
-        return sidecar(out)
+        there = sidecar(out)
+        gone = corpus not in NAMES and not os.path.exists(corpus)
+        if gone or Path(corpus) == out or there.source == _source(corpus):
+            return there
+        say(f"{corpus} has changed since the token files in {out} were made")
+    elif os.path.lexists(out):
+        raise Refusal(f"{out} exists and holds no token files; choose another folder")
     say(f"making token files of {corpus} in {out}")
-    draft = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        made = _write(corpus, tokenizer, vocabulary, draft)
-        records.write_whole(draft / "tokens.json", json.dumps(asdict(made), indent=2) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _clean(out)
+    draft = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=records.DRAFT, dir=out.parent))
+    with (draft / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
+            made = _write(corpus, tokenizer, vocabulary, draft, say)
+            records.write_json(draft / "tokens.json", asdict(made))
+            (draft / LOCK).unlink()
+            draft.chmod(0o755)
+            if (out / "tokens.json").exists():
+                if sidecar(out).sha256 == made.sha256:  # touched, or another process was faster
+                    records.write_json(out / "tokens.json", asdict(made))
+                    return made
+                out.rename(unused(out.with_name(f"{out.name}.earlier")))
             draft.rename(out)
-        except OSError:
-            if not (out / "tokens.json").exists():  # another process was faster
-                raise
-        return sidecar(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            return made
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path) -> Sidecar:
+def _clean(out: Path) -> None:
+    """Remove the drafts of processes that were killed: those of others are locked."""
+    for draft in out.parent.glob(f"{glob.escape(out.name)}.*{records.DRAFT}"):
+        with suppress(OSError), (draft / LOCK).open("r+") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(draft)
+
+
+def _write(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, say: Say) -> Sidecar:
+    source = _source(corpus)
     encode, size = _encoder(corpus, tokenizer, vocabulary, out)
-    dtype = np.dtype("<u2" if size <= 2**16 else "<u4")
-    tokens, texts, digests, largest = {}, {}, {}, 0
-    with (out / FILES["train"]).open("wb") as train, (out / FILES["validation"]).open("wb") as val:
-        files = {False: train, True: val}
-        for part, held in (("train", False), ("validation", True)):
-            tokens[part], texts[part], digest = 0, 0, hashlib.sha256()
-            for text in documents(corpus):
-                if held_out(text) != held:
-                    continue
-                ids = encode(text)
-                largest = max(largest, int(ids.max()))
-                digest.update(data := ids.astype(dtype).tobytes())
-                files[held].write(data)
-                tokens[part] += len(ids)
-                texts[part] += 1
-            digests[part] = digest.hexdigest()
+    dtype, largest = np.dtype("<u2" if size <= 2**16 else "<u4"), 0
+    tokens, texts = dict.fromkeys(FILES, 0), dict.fromkeys(FILES, 0)
+    digests = {part: hashlib.sha256() for part in FILES}
+    with contextlib.ExitStack() as stack:
+        files = {part: stack.enter_context((out / name).open("xb")) for part, name in FILES.items()}
+        for text in documents(corpus, say):
+            part = "validation" if held_out(text) else "train"
+            ids = encode(text)
+            largest = max(largest, int(ids.max()))
+            data = ids.astype(dtype).tobytes()
+            digests[part].update(data)
+            files[part].write(data)
+            tokens[part] += len(ids)
+            texts[part] += 1
+        for each in files.values():
+            each.flush()
+            os.fsync(each.fileno())
     if not all(texts.values()):
-        raise Unusable(
+        raise Refusal(
             f"corpus {corpus} has {sum(texts.values())} documents, too few to hold some out"
         )
+    sha256 = {part: digest.hexdigest() for part, digest in digests.items()}
     python = sys.version.split()[0]
-    return Sidecar(corpus, tokenizer, size, dtype.str, tokens, texts, largest, python, digests)
+    return Sidecar(
+        corpus, tokenizer, size, dtype.str, tokens, texts, largest, python, source, sha256
+    )
 
 
 Encode = Callable[[bytes], Integer[np.ndarray, " ids"]]
@@ -184,16 +264,30 @@ def _encoder(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path) -> t
 
 
 def sidecar(folder: Path) -> Sidecar:
-    """The sidecar in this folder, checked against the files; `Unusable` where they differ."""
+    """The sidecar in this folder, checked against the files; `Refusal` where they differ."""
     path = folder / "tokens.json"
     try:
         stored = Sidecar(**json.loads(path.read_text(encoding="utf-8")))
         width = np.dtype(stored.dtype).itemsize
     except (OSError, ValueError, TypeError) as error:
-        raise Unusable(f"{path} does not describe token files ({type(error).__name__})") from None
+        raise Refusal(f"{path} does not describe token files ({type(error).__name__})") from None
     for part, name in FILES.items():
         file, expected = folder / name, stored.tokens[part] * width
         size = file.stat().st_size if file.exists() else 0
         if size != expected:
-            raise Unusable(f"{file} has {size} bytes, not {expected} as tokens.json says")
+            raise Refusal(f"{file} has {size} bytes, not {expected} as tokens.json says")
     return stored
+
+
+def verify(folder: Path) -> None:
+    """`Refusal` unless the token files are what they were when they were made.
+
+    Files of more than `READ` bytes are not read for that: their size has to do.
+    """
+    stored = sidecar(folder)
+    for part, name in FILES.items():
+        with (folder / name).open("rb") as file:
+            if os.fstat(file.fileno()).st_size > READ:
+                continue
+            if hashlib.file_digest(file, "sha256").hexdigest() != stored.sha256.get(part):
+                raise Refusal(f"{folder / name} is not what it was when it was made (sha256)")

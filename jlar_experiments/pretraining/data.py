@@ -9,9 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from ..errors import Refusal
 from . import corpus
 from .config import PretrainConfig
-from .corpus import FILES, Unusable
+from .corpus import FILES
 
 SCANNED = 2**30  # tokens; of longer files the sidecar's word is taken
 READING = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
@@ -29,13 +30,13 @@ class Sequences:
         self._length = config.length + 1
         there = len(self._tokens) // self._length
         if there == 0:
-            raise Unusable(
+            raise Refusal(
                 f"{path} has {len(self._tokens)} tokens, fewer than one sequence of "
                 f"{config.length} and its last label"
             )
         if count > there:
             name = "unique_tokens" if part == "train" else "validation_tokens"
-            raise Unusable(
+            raise Refusal(
                 f"{name} must be at most {there * config.length}, which {path} holds in whole "
                 f"sequences; got {getattr(config, name)}"
             )
@@ -43,7 +44,7 @@ class Sequences:
         if len(self._tokens) <= SCANNED:
             largest = max(largest, int(self._tokens.max()))
         if largest >= config.vocabulary:
-            raise Unusable(
+            raise Refusal(
                 f"vocabulary must exceed every id in {path}, the largest of which is {largest}; "
                 f"got {config.vocabulary}"
             )

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from .. import page
+from ..errors import Refusal
 from . import figures
 from .analysis import Pair, Run, declines, floors, pairs, paper_declines, pearson, short, spearman
-from .train import TOP
+from .config import TOP
 
 PAPER_PEAKS = {"adam": ".676", "muon": ".688"}  # of LAR, section 5
 NOTE = (
@@ -42,8 +43,8 @@ PAPER_LEADING = {
 def write(folder: Path) -> str:
     """Draw the figures and report.html of the runs in this folder; returns the table as text."""
     runs = figures_runs(folder)
-    (folder / "figures").mkdir(exist_ok=True)
-    drawn = figures.draw(runs, folder / "figures")
+    with page.figures(folder) as drafts:
+        drawn = figures.draw(runs, drafts)
     compared, table = comparison(runs), overview(runs)
     blocks = [page.table(table)]
     if len(compared) > 1:
@@ -64,12 +65,12 @@ def write(folder: Path) -> str:
 
 
 def figures_runs(folder: Path) -> list[Run]:
-    """The runs of the folder; ValueError if there is none to report on."""
+    """The runs of the folder; `Refusal` if there is none to report on."""
     from .analysis import read
 
     runs = read(folder)
     if not runs:
-        raise ValueError(f"{folder} holds no records of a run with two steps or more")
+        raise Refusal(f"{folder} holds no records of a run with two steps or more")
     return runs
 
 

@@ -2,14 +2,11 @@
 
 import dataclasses
 import functools
-import json
-import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +16,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jlar
 
-from .. import records
+from .. import folder as folders
+from .. import hosts, records
 from ..checkpoint import Checkpoints, Foreign
+from ..errors import Refusal, Stopped
 from ..monitoring import live
 from ..progress import Steps, say
+from ..signals import stops
 from . import corpus, data, sharding, train
 from .config import PretrainConfig
 
@@ -31,72 +31,22 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "TPU v5p": 459e12, "TPU
          "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v6": 918e12, "TPU v4": 275e12}  # fmt: skip
 
 
-class Refused(Exception):
-    """The folder holds something that this run would spoil; the message is one line."""
+FREE = ("tensor", "checkpoint_every")  # these change no number beyond rounding
 
 
-class Terminated(Exception):
-    """SIGTERM came, and the run was saved."""
+def opened(
+    config: PretrainConfig, preset: str, folder: Path, tokens: Path, *, fresh: bool = False
+) -> AbstractContextManager[None]:
+    """The folder of this run, made ready and closed to other processes; see `folder.opened`.
 
-
-def prepare(config: PretrainConfig, preset: str, folder: Path, *, fresh: bool) -> None:
-    """Make the folder ready for this run: new, to be continued, or emptied if `fresh`."""
-    path = folder / "config.json"
-    if folder.exists() and not path.exists() and any(folder.iterdir()):
-        raise Refused(f"{folder} exists and is not a run's folder; choose another with --out")
-    if path.exists():
-        stored = read_config(folder)
-        if not fresh:
-            _check_same(stored, config, folder)
-            return
-        for name in ("metrics.jsonl", "inspections.jsonl", "report.html"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    described = {
-        "study": "pretrain",
-        "preset": preset,
-        "settings": dataclasses.asdict(config),
-        **records.environment(),
-    }
-    records.write_whole(path, json.dumps(described, indent=2) + "\n")
-
-
-def prepare_all(preset: str, folder: Path) -> None:
-    """Make the folder that holds the runs of a preset, for `jlar report`."""
-    path = folder / "config.json"
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            known = stored["study"] == "pretrain" and "settings" not in stored
-        except (ValueError, KeyError, TypeError):
-            known = False
-        if not known:
-            raise Refused(f"{folder} holds something else; choose another with --out")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    records.write_whole(path, json.dumps({"study": "pretrain", "preset": preset}) + "\n")
-
-
-def read_config(folder: Path) -> PretrainConfig:
-    """The settings of the run in this folder."""
-    path = folder / "config.json"
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if stored["study"] == "pretrain":
-            return PretrainConfig(**stored["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise Refused(f"{path} is not that of a run of `jlar pretrain`; choose another folder")
-
-
-def _check_same(stored: PretrainConfig, config: PretrainConfig, folder: Path) -> None:
-    free = ("tensor", "checkpoint_every")  # these change no number beyond rounding
-    there, here = dataclasses.asdict(stored), dataclasses.asdict(config)
-    different = [name for name in here if there[name] != here[name] and name not in free]
-    if different:
-        listed = ", ".join(f"{name} {there[name]}, not {here[name]}" for name in different)
-        raise Refused(f"{folder} holds a run with {listed}; choose --fresh or another --out")
+    Of several hosts the first has it.
+    """
+    data = corpus.sidecar(tokens).sha256
+    if jax.process_index() > 0:
+        return nullcontext()
+    return folders.opened(
+        folder, "pretrain", config, fresh=fresh, free=FREE, preset=preset, data=data
+    )
 
 
 class Study:
@@ -152,9 +102,20 @@ class Study:
         else:
             self.state = self.program.initial(self.config.seed)
         self.bell = None if self.state.monitor is None else live.Bell(self.state.monitor)
-        if self.writes:
-            for name in ("metrics.jsonl", "inspections.jsonl"):
-                records.keep(self.folder / name, lambda row: row["step"] < self.step)
+        with hosts.together():
+            if self.writes:
+                self._keep_records()
+
+    def _keep_records(self) -> None:
+        steps, last, every = range(self.step), self.config.steps - 1, self.config.inspect_every
+        inspected = [step for step in steps if step % every == 0 or step == last]
+        for name, due in (("metrics.jsonl", steps), ("inspections.jsonl", inspected)):
+            records.keep(
+                self.folder / name,
+                lambda row: row["step"] < self.step,
+                place=lambda row: (None, row["step"]),
+                due={None: due},
+            )
 
     def advance(self) -> None:
         """One training step, with what its cadence asks for before it."""
@@ -282,59 +243,64 @@ def run(
         study.checkpoints.close()
 
 
-def _train(study: Study, progress: Steps, stops: Any) -> None:
+def _train(study: Study, progress: Steps, stops: Callable[[int], int]) -> None:
     config, written = study.config, time.monotonic()
     while study.step < config.steps:
         study.advance()
         done = study.step == config.steps
-        if stop := stops(study.step):
-            say(f"SIGTERM: saving step {study.step}")
+        stop = stops(study.step)
         if done or stop or study.step % config.checkpoint_every == 0:
             study.save()
         elif time.monotonic() - written > 2:
             study.write()
             written = time.monotonic()
-        if stop and not done:
-            raise Terminated
         if study.rows or done:
             progress.show(study.step, study.latest)
+        if stop:
+            study.checkpoints.wait()
+            raise Stopped(stop, f"saved at step {study.step}")
 
 
 @contextmanager
-def _stops() -> Iterator[Any]:
-    """A function that says whether SIGTERM came; on several hosts they agree on the step."""
+def _stops() -> Iterator[Callable[[int], int]]:
+    """A function that says which signal came; several hosts agree on the step, for SIGTERM."""
     if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    came = []
-    before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
-    try:
-        yield lambda step: bool(came)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        reached = multihost_utils.reached_preemption_sync_point
+        yield lambda step: signal.SIGTERM if reached(step) else 0
+    else:
+        with stops() as stop:
+            yield lambda step: stop()
 
 
 def check(config: PretrainConfig, tokens: Path) -> None:
-    """ValueError or `Unusable`, in one line, before a folder is made or anything is compiled."""
+    """ValueError or `Refusal`, in one line, before a folder is made or anything is compiled."""
     data.check(config, sharding.mesh(config.tensor))
     data.batches(config, tokens, 0).close()
     data.validation(config, tokens)
 
 
 def baseline(folder: Path) -> jlar.Baseline:
-    """The run in a folder as a baseline; `Refused` if there is none to compare with."""
+    """The run in a folder as a baseline; `Refusal` if there is none to compare with."""
     try:
         return jlar.Baseline.from_jsonl(folder / "metrics.jsonl")
     except (OSError, ValueError) as error:
-        raise Refused(f"baseline {folder} holds no record of a run with LAR: {error}") from error
+        raise Refusal(f"baseline {folder} holds no record of a run with LAR: {error}") from error
 
 
 def tokens(config: PretrainConfig, root: Path) -> Path:
-    """The folder of this run's token files; the first host makes them, if hosts share the disk."""
-    folder = corpus.folder(config.corpus, config.tokenizer, config.vocabulary, root)
-    if jax.process_index() == 0:
-        corpus.prepare(config.corpus, config.tokenizer, config.vocabulary, folder, say)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("token files")
-        corpus.prepare(config.corpus, config.tokenizer, config.vocabulary, folder, say)
+    """The folder of this run's token files, which are as they were made.
+
+    The first host makes them, and the others too where they have a disk of their own.
+    """
+    source = config.corpus, config.tokenizer, config.vocabulary
+    folder = corpus.folder(*source, root)
+    with hosts.together():
+        if jax.process_index() == 0:
+            corpus.prepare(*source, folder, say)
+    with hosts.together():
+        if jax.process_index() > 0 and not (folder / "tokens.json").exists():
+            corpus.prepare(*source, folder, say)
+        corpus.verify(folder)
+    if len(set(hosts.lines(str(corpus.sidecar(folder).sha256)))) > 1:
+        raise Refusal(f"the token files in {folder} are not the same on all hosts")
     return folder

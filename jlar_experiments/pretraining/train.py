@@ -22,12 +22,10 @@ from jaxtyping import Array, Float, Int
 
 import jlar
 
-from .config import PretrainConfig
+from .config import TOP, PretrainConfig
 from .model import Decoder
 from .optimisers import optimiser
 from .sharding import BATCH, HIDDEN, abstract, shardings
-
-TOP = (1, 2, 3, 5, 10)  # the k of L_k and D_k
 
 Batch = Int[Array, "b t1"]
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import pytest
 
 from jlar_experiments import cli
-from jlar_experiments.config import GrokConfig
+from jlar_experiments.grokking.config import GrokConfig
 
 TINY = ["--p=7", "--width=8", "--heads=2", "--layers=1", "--epochs=20", "--batch-size=8"]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlar_experiments.config import GrokConfig
+from jlar_experiments.grokking.config import GrokConfig
 from jlar_experiments.grokking.model import Transformer
 
 CASES = [("post", 2, 2), ("post", 1, 1), ("post", 3, 4), ("pre", 2, 2), ("pre-no-final", 2, 1)]

@@ -1,5 +1,6 @@
 """`jlar paper grokking`: ensembles, calls that add up, table 1 and the figures from records."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -9,9 +10,9 @@ import pytest
 
 import jlar
 from jlar_experiments import cli
-from jlar_experiments.config import GrokConfig
 from jlar_experiments.grokking import dating, ensemble, measures, plan, plates, results, study
 from jlar_experiments.grokking.analysis import Run, Timeline
+from jlar_experiments.grokking.config import GrokConfig
 from jlar_experiments.grokking.tasks import TASKS
 
 TINY = {"p": 7, "width": 8, "heads": 2, "layers": 1, "batch_size": 8, "lr": 0.01}
@@ -28,9 +29,10 @@ def rows(folder):
 
 def start(configs, out, **options):
     planned = [(each, out / f"{i}") for i, each in enumerate(configs)]
-    for each, folder in planned:
-        study.prepare(each, folder, fresh=False)
-    assert ensemble.together(planned, **options)
+    with contextlib.ExitStack() as stack:
+        for each, folder in planned:
+            stack.enter_context(study.opened(each, folder))
+        assert ensemble.together(planned, **options)
     return [rows(folder) for _, folder in planned]
 
 

@@ -6,23 +6,33 @@ import numpy as np
 import pytest
 
 from jlar_experiments import records
-from jlar_experiments.config import GrokConfig
 from jlar_experiments.grokking import analysis
 from jlar_experiments.grokking.analysis import Timeline
+from jlar_experiments.grokking.config import GrokConfig
+
+
+def kept(path, last, due):
+    """What stays of a file of one series when the run goes on after this epoch."""
+    return records.keep(
+        path,
+        lambda row: row["epoch"] <= last,
+        place=lambda row: (0, row["epoch"]),
+        due={0: due},
+    )
 
 
 def test_torn_lines_are_dropped_and_the_rest_stays(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert records.read(path) == records.keep(path, lambda row: True) == []
+    assert records.read(path) == kept(path, 0, []) == []
     records.append(path, [{"epoch": 0, "lar": 0.5}, {"epoch": 20, "lar": float("nan")}])
     records.append(path, [{"epoch": 40, "lar": [1.0]}])
     whole = path.read_bytes()
     path.write_bytes(whole[:-4])
     assert [row["epoch"] for row in records.read(path)] == [0, 20]
-    assert records.keep(path, lambda row: row["epoch"] <= 20)[1]["lar"] is None
+    assert kept(path, 20, [0, 20])[1]["lar"] is None
     records.append(path, [{"epoch": 40, "lar": [1.0]}])
     assert path.read_bytes() == whole
-    records.keep(path, lambda row: row["epoch"] < 20)
+    kept(path, 0, [0])
     assert path.read_bytes() == whole[: whole.index(b"\n") + 1]
 
 

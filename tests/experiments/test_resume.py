@@ -17,8 +17,9 @@ import pytest
 
 from jlar_experiments import records
 from jlar_experiments.checkpoint import Checkpoints, Foreign
-from jlar_experiments.config import GrokConfig
+from jlar_experiments.errors import Refusal
 from jlar_experiments.grokking import ensemble, study, train
+from jlar_experiments.grokking.config import GrokConfig
 
 TINY = {"p": 7, "width": 8, "heads": 2, "layers": 1, "batch_size": 8, "seeds": 2, "lr": 0.01}
 CONFIG = GrokConfig(**TINY, epochs=70, log_every=10, after_grok=20)
@@ -45,9 +46,14 @@ def assert_same(one: Path, two: Path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+def cut(path: Path, wanted):
+    rows = [row for row in records.read(path) if wanted(row)]
+    records.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def start(folder: Path, **options):
-    study.prepare(CONFIG, folder, fresh=False)
-    return ensemble.run(CONFIG, folder, **options)
+    with study.opened(CONFIG, folder):
+        return ensemble.run(CONFIG, folder, **options)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +68,14 @@ def test_continued_with_larger_settings(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     for epochs, after_grok in ((25, 0), (70, 20)):
         config = dataclasses.replace(CONFIG, epochs=epochs, after_grok=after_grok)
-        study.prepare(config, folder, fresh=False)
-        assert ensemble.run(config, folder)
+        with study.opened(config, folder):
+            assert ensemble.run(config, folder)
     assert_same(uninterrupted, folder)
     stored = json.loads((folder / "config.json").read_text())
     assert stored["continued_from"] == [{"epochs": 25, "after_grok": 0}]
-    with pytest.raises(study.Refused, match="epochs 70, not 25"):
-        study.prepare(dataclasses.replace(CONFIG, epochs=25), folder, fresh=False)
+    with pytest.raises(Refusal, match="epochs 70, not 25"):
+        with study.opened(dataclasses.replace(CONFIG, epochs=25), folder):
+            pass
 
 
 class Stop(Exception):
@@ -122,7 +129,7 @@ def test_a_checkpoint_of_another_version_is_not_lost(uninterrupted, tmp_path, mo
     initial = train.initial
     monkeypatch.setattr(train, "initial", lambda config: initial(config)._replace(monitor=None))
     assert not start(folder)  # its records say that it is finished
-    records.keep(folder / "metrics.jsonl", lambda row: row["epoch"] < 30)
+    cut(folder / "metrics.jsonl", lambda row: row["epoch"] < 30)
     with pytest.raises(Foreign, match=r"saved by another version: its state differs in monitor\."):
         start(folder)
     assert sorted((folder / "checkpoints").rglob("*")) == kept

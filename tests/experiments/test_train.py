@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import reference
-from jlar_experiments.config import GrokConfig
 from jlar_experiments.grokking import train
+from jlar_experiments.grokking.config import GrokConfig
 
 SMALL = {"p": 11, "width": 16, "heads": 2, "layers": 1, "batch_size": 25, "epochs": 50}
 TOGETHER, ALONE = GrokConfig(**SMALL, seeds=3), GrokConfig(**SMALL, seed=2)

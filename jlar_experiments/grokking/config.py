@@ -1,10 +1,11 @@
-"""The settings of each study: frozen dataclasses that refuse what cannot work."""
+"""The settings of `jlar grok`: a frozen dataclass that refuses what cannot work."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
-from .grokking.tasks import TASKS, Task, task
+from ..options import demand
+from .tasks import TASKS, Task, task
 
 Norm = Literal["post", "pre", "pre-no-final"]
 Model = Literal["transformer", "mlp"]
@@ -171,9 +172,3 @@ def _part(name: str, value: object) -> str:
     if isinstance(value, bool):
         return name if value else f"no_{name}"
     return value if isinstance(value, str) else f"{name}{value:g}"
-
-
-def demand(condition: bool, message: str, value: object) -> None:
-    """A ValueError that says what must hold, and what came, unless it holds."""
-    if not condition:
-        raise ValueError(f"{message}; got {value}")

@@ -1,0 +1,62 @@
+"""How a command ends before its time: the kinds of errors, each told in one line."""
+
+import signal
+from collections.abc import Iterator
+
+LONGEST = 400  # characters of a line that tells an error
+
+# Of tensorstore and XLA, whose errors have no class of their own: the machine failed, not the file.
+_TROUBLES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED",
+             "ABORTED", "Too many open files", "No space left", "Input/output error")  # fmt: skip
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
+class Refusal(Exception):
+    """The user must change something first; the message is one line, the exit code 2."""
+
+
+class Locked(Refusal):
+    """Another process is at work in the folder."""
+
+
+class Trouble(Exception):
+    """The machine failed (a full disk, no memory); the message is one line, the exit code 1."""
+
+
+class Stopped(Exception):
+    """A signal came, and what was computed is saved; the message says up to where."""
+
+    def __init__(self, number: int, saved: str):
+        super().__init__(f"{signal.Signals(number).name}: {saved}")
+        self.exit_code = 128 + number
+
+
+def line(error: BaseException) -> str:
+    """The error in one line, with its kind unless it is one of those that are written for users."""
+    words = " ".join(str(error).split())
+    if not isinstance(error, Refusal | Trouble | Stopped | OSError):
+        words = f"{type(error).__name__}: {words}"
+    return words if len(words) <= LONGEST else words[: LONGEST - 3] + "..."
+
+
+def trouble(error: BaseException) -> Trouble | None:
+    """The failure of the machine behind an error, if it is one.
+
+    A file that is missing, or a folder where a file should be, is not the machine's failure.
+    """
+    for each in _chain(error):
+        if isinstance(each, Trouble):
+            return each
+        failed = isinstance(each, MemoryError | OSError) and not isinstance(each, _MISSING)
+        if failed or any(name in str(each) for name in _TROUBLES):
+            return Trouble(line(each))
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        if isinstance(error, BaseExceptionGroup):
+            for each in error.exceptions:
+                yield from _chain(each)
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,30 @@
+"""SIGINT and SIGTERM while a run trains: they stop it between two steps, so that it is saved."""
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def stops() -> Iterator[Callable[[], int]]:
+    """Within the block the signals wait for whoever asks; a second SIGINT interrupts at once.
+
+    Yields a function that returns the number of the first signal that came, 0 if none has.
+    """
+    came: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if came and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    # What a shell starts in the background ignores SIGINT, and goes on doing so.
+    heeded = [
+        each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN
+    ]
+    before = {each: signal.signal(each, note) for each in heeded}
+    try:
+        yield lambda: came[0] if came else 0
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
