@@ -1,28 +1,60 @@
-"""The log-alignment ratio in JAX: a training run tells whether it is learning or memorising."""
+"""The log-alignment ratio in JAX: a training run tells whether it is learning or memorising.
 
-from . import losses as losses
-from . import nn as nn
-from ._baseline import Baseline as Baseline
-from ._capture import capture as capture
-from ._capture import metrics as metrics
-from ._energies import Energies as Energies
-from ._energies import energies as energies
-from ._energies import lar as lar
-from ._lar import effective_dimension as effective_dimension
-from ._monitor import Monitor as Monitor
-from ._monitor import Signal as Signal
-from ._monitor import Thresholds as Thresholds
-from ._ranks import principal_dimension as principal_dimension
-from ._sharded import sharded as sharded
-from ._sites import Sites as Sites
-from ._sites import sites as sites
-from ._spectra import Alignment as Alignment
-from ._spectra import Grams as Grams
-from ._spectra import Spectra as Spectra
-from ._spectra import alignment as alignment
-from ._spectra import grams as grams
-from ._spectra import spectra as spectra
-from ._update import UpdateAlignment as UpdateAlignment
-from ._update import update_alignment as update_alignment
+Functions of (W, X), which all share these arguments:
+
+    W: weights (m, n), outputs x inputs, as `equinox.nn.Linear` stores them (a Flax kernel is
+        `kernel.T`), m >= 1. A scalar factor on W cancels. n >= 2, the input width, is the base of
+        the logarithm everywhere.
+    X: inputs (..., n), any number of leading token axes.
+    Y: X W^T (..., m), if already computed: before bias, soft-cap and temperature.
+    mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+    axes: inside `jax.shard_map`, the mesh axes that split tokens, outputs and inputs, such as
+        `{"t": "data", "m": "model"}`: the result is that of the whole arrays, on every device.
+        Along a named axis that does not split an array, its values have to be the same on every
+        device. Where an axis splits "n", or both "m" and "t" (FSDP), one device cannot compute Y,
+        and `lar` and `energies` have to be given it. `jlar.sharded` says when to use what.
+
+bfloat16 and narrower types are summed in float32. Wrong ranks, widths or shapes, n = 1 and complex
+arrays are a ValueError at trace time that says what to write instead; zero or non-finite data give
+nan. Everything works under jit, vmap and grad; what has no gradient says so in its first lines.
+"""
+
+from . import losses, nn
+from ._baseline import Baseline
+from ._capture import capture, metrics
+from ._energies import Energies, effective_dimension, energies, lar
+from ._monitor import Monitor, Signal, Thresholds
+from ._sharded import sharded
+from ._sites import sites
+from ._spectra import Grams, Spectra, alignment, grams, principal_dimension, spectra
+from ._update import update_alignment
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Baseline",
+    "Energies",
+    "Grams",
+    "Monitor",
+    "Signal",
+    "Spectra",
+    "Thresholds",
+    "alignment",
+    "capture",
+    "effective_dimension",
+    "energies",
+    "grams",
+    "lar",
+    "losses",
+    "metrics",
+    "nn",
+    "principal_dimension",
+    "sharded",
+    "sites",
+    "spectra",
+    "update_alignment",
+]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,110 +1,91 @@
-"""The contract of (W, X, Y, mask), checked at trace time; errors say what to write instead."""
+"""The contract of (W, X, Y, mask), checked at trace time, and the dtypes and sizes of sums."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from . import _mesh as mesh
+from ._mesh import Axes, Split, as_split, check_varies, size, varying
 
 NATIVE = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 
 
-def accumulator(*arrays: Array) -> jnp.dtype:
-    """The dtype sums are held in: float64 if any operand is float64, else float32."""
-    wide = any(a.dtype == jnp.float64 for a in arrays)
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+def need(holds: bool, message: str) -> None:
+    """ValueError with this message unless it holds."""
+    if not holds:
+        raise ValueError(message)
 
 
 def real_array(a: ArrayLike, name: str) -> Array:
     """`a` as an array of real numbers."""
     a = jnp.asarray(a)
-    if jnp.iscomplexobj(a):
-        raise ValueError(
-            f"{name} must be real; got dtype {a.dtype}. The ratio is defined for real matrices: "
-            f"stack {name}.real and {name}.imag if that is what you mean."
-        )
+    need(
+        not jnp.iscomplexobj(a),
+        f"{name} must be real; got dtype {a.dtype}. The ratio is defined for real matrices: "
+        f"stack {name}.real and {name}.imag if that is what you mean.",
+    )
     return a
-
-
-def operands(
-    W: ArrayLike,
-    X: ArrayLike,
-    mask: ArrayLike | None,
-    split: mesh.Split,
-) -> tuple[Array, Array, Bool[Array, "..."] | None, mesh.Split]:
-    """W, X with its masked tokens zero, the boolean mask and what splits them; or ValueError."""
-    W = check_weights(W, mesh.size(split.n))
-    m, n = W.shape[0], W.shape[1] * mesh.size(split.n)
-    if jnp.shape(X)[-1:] == (n,):
-        split = split._replace(columns=())  # X comes whole although W does not
-    X, keep = check_inputs(X, n // mesh.size(split.columns), m, mask)
-    mesh.check_varies(W, "W", split.m + split.n)
-    mesh.check_varies(X, "X", split.t + split.columns)
-    return W, X, keep, split
-
-
-def check_weights(W: ArrayLike, parts: int = 1) -> Array:
-    """W as a (m, n) array with n >= 2 in all its parts, or ValueError."""
-    W = real_array(W, "W")
-    if W.ndim != 2:
-        raise ValueError(
-            f"W must have shape (m, n), outputs x inputs; got shape {W.shape}. For a stack of "
-            "weights use jax.vmap; reshape a kernel with several input or output axes to two."
-        )
-    m, n = W.shape
-    if m == 0:
-        raise ValueError(f"W must have at least one row; got shape {W.shape}.")
-    check_width(n * parts, "W")
-    return W
 
 
 def check_width(n: int, name: str) -> None:
     """n is the base of the logarithm, so it must be at least 2."""
-    if n < 2:
-        raise ValueError(
-            f"the input width n is the base of the logarithm and must be at least 2; got n = {n} "
-            f"from {name}. A layer with one input has no alignment to measure: leave it out."
-        )
+    need(
+        n >= 2,
+        f"the input width n is the base of the logarithm and must be at least 2; got n = {n} "
+        f"from {name}. A layer with one input has no alignment to measure: leave it out.",
+    )
 
 
-def check_inputs(
-    X: ArrayLike, n: int, m: int, mask: ArrayLike | None
-) -> tuple[Array, Bool[Array, "..."] | None]:
-    """X as a (..., n) array with its masked tokens zero, and the boolean mask; or ValueError."""
+def operands(
+    W: ArrayLike, X: ArrayLike, mask: ArrayLike | None, axes: Axes | Split | None
+) -> tuple[Array, Array, Bool[Array, "..."] | None, Split]:
+    """W, X with its masked tokens zero, the boolean mask and what splits them; or ValueError."""
+    W, split = real_array(W, "W"), as_split(axes)
+    need(
+        W.ndim == 2,
+        f"W must have shape (m, n), outputs x inputs; got shape {W.shape}. For a stack of "
+        "weights use jax.vmap; reshape a kernel with several input or output axes to two.",
+    )
+    need(W.shape[0] > 0, f"W must have at least one row; got shape {W.shape}.")
+    m, n = W.shape[0], W.shape[1] * size(split.n)
+    check_width(n, "W")
     X = real_array(X, "X")
-    if X.ndim == 0 or X.shape[-1] != n:
-        hint = (
-            " W is outputs x inputs: a Flax kernel (inputs x outputs) is passed as kernel.T."
-            if X.ndim and X.shape[-1] == m
-            else ""
-        )
-        raise ValueError(
-            f"X must have shape (..., {n}), tokens first, to match W of shape ({m}, {n}); "
-            f"got shape {X.shape}.{hint}"
-        )
-    keep = None if mask is None else check_mask(mask, X.shape[:-1])
-    return zero_masked(X, keep), keep
+    if X.shape[-1:] == (n,):
+        split = split._replace(columns=())  # X comes whole although W does not
+    columns = n // size(split.columns)
+    hint = (
+        " W is outputs x inputs: a Flax kernel (inputs x outputs) is passed as kernel.T."
+        if X.shape[-1:] == (m,)
+        else ""
+    )
+    need(
+        X.shape[-1:] == (columns,),
+        f"X must have shape (..., {columns}), tokens first, to match W of shape ({m}, {columns}); "
+        f"got shape {X.shape}.{hint}",
+    )
+    check_varies(W, "W", split.m + split.n)
+    check_varies(X, "X", split.t + split.columns)
+    keep = None if mask is None else kept(mask, X.shape[:-1])
+    return W, zero_masked(X, keep), keep, split
 
 
-def check_outputs(Y: ArrayLike, X: Array, m: int, keep: Array | None) -> Array:
-    """Y as the (..., m) array of W's own products with its masked tokens zero, or ValueError."""
+def outputs(Y: ArrayLike, shape: tuple[int, ...], keep: Array | None) -> Array:
+    """Y, W's own products, with its masked tokens zero; or ValueError."""
     Y = real_array(Y, "Y")
-    if Y.shape != (*X.shape[:-1], m):
-        raise ValueError(
-            f"Y must be X @ W.T, of shape {(*X.shape[:-1], m)}, before bias and soft-cap; "
-            f"got shape {Y.shape}."
-        )
+    need(
+        Y.shape == shape,
+        f"Y must be X @ W.T, of shape {shape}, before bias and soft-cap; got shape {Y.shape}.",
+    )
     return zero_masked(Y, keep)
 
 
-def check_mask(mask: ArrayLike, tokens: tuple[int, ...]) -> Bool[Array, "..."]:
+def kept(mask: ArrayLike, tokens: tuple[int, ...], name: str = "mask") -> Bool[Array, "..."]:
     """The mask as a boolean array over the token axes, or ValueError."""
     mask = jnp.asarray(mask)
-    if mask.shape != tokens:
-        raise ValueError(
-            f"mask must have one entry per token, shape {tokens}; got shape {mask.shape}. "
-            "Write 1 (or True) for tokens to keep; use jnp.broadcast_to for a mask shared by axes."
-        )
+    need(
+        mask.shape == tokens,
+        f"{name} must have one entry per token, shape {tokens}; got shape {mask.shape}. "
+        "Write 1 (or True) for tokens to keep; use jnp.broadcast_to for a mask shared by axes.",
+    )
     return mask != jnp.zeros((), mask.dtype)
 
 
@@ -117,6 +98,12 @@ def zero_masked(X: Array, keep: Array | None) -> Array:
     return jnp.where(keep, X, jnp.zeros((), X.dtype))
 
 
+def accumulator(*arrays: Array) -> jnp.dtype:
+    """The dtype sums are held in: float64 if any operand is float64, else float32."""
+    wide = any(a.dtype == jnp.float64 for a in arrays)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
 def native(A: Array, acc: jnp.dtype) -> Array:
     """`A` in its own dtype where hardware multiplies it, else in `acc`."""
     return A if A.dtype in NATIVE else A.astype(acc)
@@ -127,6 +114,23 @@ def product(X: Array, W: Array, acc: jnp.dtype) -> Array:
     if X.dtype != W.dtype or X.dtype not in NATIVE:
         X, W = X.astype(acc), W.astype(acc)
     return jnp.matmul(X, W.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=acc)
+
+
+def unit(
+    A: Array, acc: jnp.dtype, axes: tuple[str, ...], split: Split
+) -> tuple[Array, Int[Array, ""]]:
+    """A over a power of two, its largest entry between 1/2 and 1, and the exponent of that power.
+
+    So no square overflows, and none that matters is flushed to zero; no mantissa changes. `axes`
+    are those of the split that split A, whose largest entry is that of all devices.
+    """
+    A = native(A, acc)
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(A)), initial=0).astype(acc)
+    axes = tuple({*axes, *(varying(largest) & frozenset().union(*split))})
+    _, exponent = jnp.frexp(jax.lax.pmax(largest, axes) if axes else largest)
+    limit = jnp.finfo(A.dtype).maxexp - 2  # so that the factor is neither infinite nor flushed
+    exponent = jnp.clip(exponent, -limit, limit)
+    return A * jnp.ldexp(jnp.ones((), acc), -exponent).astype(A.dtype), exponent
 
 
 def finite_part(A: Float[Array, "*stack m n"]) -> tuple[Array, Float[Array, "*stack"]]:

@@ -1,25 +1,57 @@
 """Energies: the sums of squares of W, X and Y = X W^T, enough for LAR and its dimension k."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks as check
-from . import _mesh as mesh
-from ._lar import effective_dimension, log_ratio
+from ._mesh import Axes, Split, size, total, unsharded
 from ._pool import Pool, counts
+
+
+def log_ratio(log_overlap: Float[Array, "*stack"], n: int) -> Float[Array, "*stack"]:
+    """LAR = 1 + 1/2 log_n(overlap), equation (3), from the natural logarithm of the overlap."""
+    return 1 + (0.5 / math.log(n)) * log_overlap
+
+
+def effective_dimension(lar: Float[ArrayLike, "*stack"], n: int) -> Float[Array, "*stack"]:
+    r"""The number of directions a layer of this alignment uses.
+
+    $k = n^{2(1-LAR)} = 1/\sum_i p_i q_i$, equation (6) of Shehper and Vaswani, arXiv 2605.28975.
+    If p is uniform on k directions that hold all of q, this returns exactly k: LAR = 1 gives 1,
+    LAR = 1/2 (no alignment) gives n, and anything below 1/2 gives more than n. Unlike LAR it
+    compares across widths.
+
+    Args:
+        lar: log-alignment ratios, any shape.
+        n: input width of the layer, the base of the logarithm; at least 2.
+
+    Returns:
+        k, of the shape of `lar`, at least float32, in [1, inf]; nan where `lar` is nan.
+
+    Example:
+        >>> import jlar
+        >>> print(f"{jlar.effective_dimension(0.75, n=256):.2f}")
+        16.00
+    """
+    check.check_width(n, "the argument n")
+    lar = check.real_array(lar, "lar")
+    lar = lar.astype(check.accumulator(lar))
+    return jnp.exp(2 * (1 - lar) * math.log(n))
 
 
 class Energies(Pool):
     r"""Sums of squares of one weight matrix at work, and token counts.
 
     $\|XW^T\|^2$ and $\|X\|^2$ add over tokens, so micro-batches, shards and hosts pool exactly: the
-    energies of two batches of the same W, added, are those of the concatenated batch. (The mean of
-    their LARs is another number: the logarithm is not linear.) `sum(list)` and `.sum(axis)` pool
-    lists and stacks; what vmap or scan stacked has its leading axes on every field and property.
+    energies of two batches of the same W, added, are those of the concatenated batch, also after a
+    million calls. (The mean of their LARs is another number: the logarithm is not linear.)
+    `sum(list)` and `.sum(axis)` pool lists and stacks; what vmap or scan stacked has its leading
+    axes on every property. Inside shard_map use `axes=`, or `jax.lax.all_gather(e, axis).sum()`.
 
     Example:
         >>> import jax, jlar
@@ -29,9 +61,9 @@ class Energies(Pool):
         0.5024 0.5024 64
     """
 
-    sums: Float[Array, "*stack 8"]
-    """What `y`, `x`, `w`, `calls`, `count` and `keep_rate` are read from: one array, so that one
-    matrix is one output of a program."""
+    sums: Float[Array, "*stack 6 2"]
+    """What the properties are read from, as two floats each: y, x, w, calls, kept and all tokens.
+    One array, so that one matrix is one output of a program."""
     n: int = eqx.field(static=True)
     """Input width, the base of the logarithm."""
 
@@ -39,72 +71,56 @@ class Energies(Pool):
     def zeros(cls, n: int, stack: tuple[int, ...] = (), dtype=jnp.float32) -> "Energies":
         """No tokens of a width-n layer: what a scan starts to accumulate from."""
         check.check_width(n, "the argument n")
-        return cls(jnp.zeros((*stack, 8), dtype), n)
+        return cls(jnp.zeros((*stack, 6, 2), dtype), n)
 
     @classmethod
     def of(
-        cls,
-        squares: Sequence[Float[Array, "*stack"]],
-        counts: Float[Array, "*stack_or_none 5"],
-        n: int,
+        cls, squares: Sequence[Float[Array, "*stack"]], counts: Float[Array, "..."], n: int
     ) -> "Energies":
-        """From the squares of Y, X and W, and what `Pool.limbs` returns, of each or the same."""
-        like = jnp.zeros_like(squares[0])  # sharded as the stack is, where types say so
-        return cls(jnp.stack([*squares, *(like + c for c in jnp.moveaxis(counts, -1, 0))], -1), n)
-
-    def limbs(self) -> Float[Array, "*stack 5"]:
-        """Calls, then kept and all tokens as limbs."""
-        return jnp.asarray(self.sums)[..., 3:]
-
-    def _with(self, counts: Float[Array, "*stack 5"]) -> "Energies":
-        return Energies(jnp.concatenate([self.sums[..., :3], counts], -1), self.n)
+        """From the squares of Y, X and W, and the pairs of counts, of each or the same for all."""
+        high = jnp.stack([*squares], axis=-1)
+        zeros = jnp.zeros_like(high)  # sharded as the stack is, where types say so
+        counts = counts.reshape((1,) * (high.ndim + 1 - counts.ndim) + counts.shape)
+        pairs = jnp.stack([high, zeros], axis=-1), zeros[..., None] + counts
+        return cls(jnp.concatenate(pairs, axis=-2), n)
 
     @property
     def y(self) -> Float[Array, "*stack"]:
         """Sum of squares of Y = X W^T over the kept tokens."""
-        return jnp.asarray(self.sums)[..., 0]
+        return self._number(0)
 
     @property
     def x(self) -> Float[Array, "*stack"]:
         """Sum of squares of X over the kept tokens."""
-        return jnp.asarray(self.sums)[..., 1]
+        return self._number(1)
 
     @property
     def w(self) -> Float[Array, "*stack"]:
         """Sum of squares of W, once per call; w / calls is that of W."""
-        return jnp.asarray(self.sums)[..., 2]
+        return self._number(2)
 
     @property
     def lar(self) -> Float[Array, "*stack"]:
-        """Log-alignment ratio of all that was pooled; nan if W, X or mask is zero or not finite."""
-        overlap = jnp.log(self.y) - jnp.log(self.x) - jnp.log(self.w / self.calls)
-        # An infinite x or w alone (overflow, or inf in the data) would read as -inf, a valid LAR.
-        finite = jnp.isfinite(self.y) & jnp.isfinite(self.x) & jnp.isfinite(self.w)
-        return log_ratio(jnp.where(finite, overlap, jnp.nan), self.n)
+        """Log-alignment ratio of all that was pooled, differentiable, in [-inf, 1].
+
+        nan if W, X or mask is zero or not finite; and if one of the three sums is not between 1e-18
+        and 3e38 (float32), where some squares may have been flushed to zero or the sum was infinite
+        (`jlar.lar` takes any size). -inf if Y is zero and W and X are not small.
+        """
+        y, x, w = self.y, self.x, self.w / self.calls
+        overlap = jnp.log(y) - jnp.log(x) - jnp.log(w)
+        # Less than 2^40 squares flushed at 2^-126 are less than a rounding error of 2^-60; and a Y
+        # of which no square is left is less than one of x * w > 2^-30.
+        least = float(jnp.finfo(y.dtype).tiny) * 2.0**66
+        zero = (y == 0) & (x * w > least**0.5)
+        sure = (x > least) & (w > least) & ((y > least) | zero)
+        sure &= jnp.isfinite(y) & jnp.isfinite(x) & jnp.isfinite(w)
+        return log_ratio(jnp.where(sure, overlap, jnp.nan), self.n)
 
     @property
     def effective_dimension(self) -> Float[Array, "*stack"]:
         """$k = n^{2(1-LAR)}$, see `jlar.effective_dimension`."""
         return effective_dimension(self.lar, self.n)
-
-
-def measure(
-    W: ArrayLike, X: ArrayLike, Y: ArrayLike | None, mask: ArrayLike | None, split: mesh.Split
-) -> Energies:
-    """The differentiable sums behind `lar` and `energies`, of one device's parts of W, X and Y."""
-    W, X, keep, split = check.operands(W, X, mask, split)
-    acc = check.accumulator(W, X)
-    if Y is not None:
-        y = energy(check.check_outputs(Y, X, W.shape[0] * mesh.size(split.gathered), keep), acc)
-    elif parts := split.n + split.columns + split.gathered:
-        raise ValueError(
-            f"Y must be given where the axes {parts} split W or X so that no device can compute "
-            "its part of X W^T: pass the layer's own Y, summed over the axes of the inputs, or "
-            "take jlar.grams(...).energies, which needs none."
-        )
-    else:
-        y = mesh.unsharded(lambda W, X: energy(check.product(X, W, acc), acc))(W, X)
-    return sums(W, X, y, keep, X.shape[:-1], W.shape[1] * mesh.size(split.n), split)
 
 
 def energy(a: Array, acc: jnp.dtype) -> Float[Array, ""]:
@@ -113,22 +129,33 @@ def energy(a: Array, acc: jnp.dtype) -> Float[Array, ""]:
 
 
 def sums(
-    W: Array,
-    X: Array,
-    y: Float[Array, ""],
-    keep: Array | None,
-    tokens: tuple[int, ...],
-    n: int,
-    split: mesh.Split,
+    W: Array, X: Array, y: Float[Array, ""], keep: Array | None, tokens: int, split: Split
 ) -> Energies:
     """Sums over all devices, of W and X in any layout with masked tokens zero, and of their y."""
     acc = check.accumulator(W, X, y)
     squares = (
-        mesh.total(y.astype(acc), split.t + split.outputs, split),
-        mesh.total(energy(X, acc), split.t + split.columns, split),
-        mesh.total(energy(W, acc), split.m + split.n, split),
+        total(y.astype(acc), split.t + split.outputs, split),
+        total(energy(X, acc), split.t + split.columns, split),
+        total(energy(W, acc), split.m + split.n, split),
     )
-    return Energies.of(squares, counts(keep, tokens, acc, split), n)
+    return Energies.of(squares, counts(keep, tokens, acc, split), W.shape[1] * size(split.n))
+
+
+def _of_output(
+    f: Callable[[Array], Any], W: Array, X: Array, Y: ArrayLike | None, keep: Any, split: Split
+) -> Any:
+    """`f` of the Y given, or of the product."""
+    if Y is not None:
+        m = W.shape[0] * size(split.gathered)
+        return f(check.outputs(Y, (*X.shape[:-1], m), keep))
+    check.need(
+        not (unknown := split.n + split.columns + split.gathered),
+        f"Y must be given where the axes {unknown} split W or X so that no device can compute "
+        "its part of X W^T: pass the layer's own Y, summed over the axes of the inputs, or "
+        "take jlar.grams(...).energies, which needs none.",
+    )
+    acc = check.accumulator(W, X)
+    return unsharded(lambda W, X: f(check.product(X, W, acc)))(W, X)
 
 
 def energies(
@@ -137,33 +164,20 @@ def energies(
     *,
     Y: Float[ArrayLike, "*t outputs"] | None = None,
     mask: Shaped[ArrayLike, "*t"] | None = None,
-    axes: mesh.Axes | mesh.Split | None = None,
+    axes: Axes | Split | None = None,
 ) -> Energies:
     """Sums of squares of W, X and Y = X W^T, from which LAR follows and which pool over batches.
 
-    Free when Y is at hand, as the logits are in a loss: two reductions that fuse with it. Without
+    Free when Y is at hand, as the logits are in a loss: three reductions that fuse with it. Without
     Y the product is computed, O(t m n); `jlar.grams` gives the same LAR without any product of X
-    and W, cheaper when tokens and outputs both outnumber n. Gradients stop here; differentiate
-    `jlar.lar`. Source: equation (1) of arXiv 2605.28975, pooled before the logarithm.
+    and W, cheaper when tokens and outputs both outnumber n. Differentiable, as `jlar.lar` is.
+    Source: equation (1) of arXiv 2605.28975, pooled before the logarithm.
 
-    Args:
-        W: weights (m, n), outputs x inputs, as `equinox.nn.Linear` stores them (a Flax kernel is
-            `kernel.T`). A scalar factor on W cancels.
-        X: inputs (..., n), any number of leading token axes; bf16 and smaller sum in float32.
-        Y: X W^T (..., m), if already computed: before bias, soft-cap and temperature.
-        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
-        axes: inside `jax.shard_map`, the mesh axes that split tokens, outputs and inputs, such as
-            `{"t": "data", "m": "model"}`; the result is that of the whole arrays, on every device,
-            by sums of a few scalars. Along a named axis that does not split an array, its values
-            have to be the same on every device. Where an axis splits "n", or both "m" and "t"
-            (FSDP), Y has to be given: one device could not compute it.
+    Args, Raises: those of every function of (W, X), `help(jlar)`.
 
     Returns:
-        `Energies`, scalar fields, float32 (float64 if an input is). Entries of W, X and Y between
-        about 1e-18 and 1e18 square within float32; a sum that overflows gives a LAR of nan.
-
-    Raises:
-        ValueError: at trace time, for wrong ranks or widths, n = 1, complex or misshapen arguments.
+        `Energies` without leading axes, float32 (float64 if an input is). A sum that float32 cannot
+        hold, of entries beyond some 1e-9 to 1e18, gives a LAR of nan.
 
     Example:
         >>> import jax, jlar
@@ -175,7 +189,10 @@ def energies(
         >>> print(f"{e.lar:.4f} {e.effective_dimension:.1f} {e.keep_rate}")
         0.5024 62.7 1.0
     """
-    return jax.lax.stop_gradient(measure(W, X, Y, mask, mesh.split(axes)))
+    W, X, keep, split = check.operands(W, X, mask, axes)
+    acc = check.accumulator(W, X)
+    y = _of_output(lambda Y: energy(Y, acc), W, X, Y, keep, split)
+    return sums(W, X, y, keep, math.prod(X.shape[:-1]), split)
 
 
 def lar(
@@ -184,7 +201,7 @@ def lar(
     *,
     Y: Float[ArrayLike, "*t outputs"] | None = None,
     mask: Shaped[ArrayLike, "*t"] | None = None,
-    axes: mesh.Axes | mesh.Split | None = None,
+    axes: Axes | Split | None = None,
 ) -> Float[Array, ""]:
     r"""Log-alignment ratio of a weight matrix W and the inputs X it multiplies.
 
@@ -193,24 +210,15 @@ def lar(
     the structure of W, as at initialisation; -inf if all inputs lie in the null space of W.
     Trained layers are seen between 0.3 and 0.8. Equation (1) of arXiv 2605.28975.
 
-    Cost: that of `jlar.energies`, O(t (m + n) + m n) given Y. Differentiable in W, X and Y to any
-    order, except at W = 0 or X = 0. To pool batches, add their `jlar.energies`: never average LARs.
+    The LAR of `jlar.energies`, but for W, X and Y of any size: each is read twice, for its largest
+    entry and for its squares over that. O(t (m + n) + m n) given Y. Differentiable in W, X and Y to
+    any order, except at W = 0 or X = 0. To pool batches add their energies: never average LARs.
 
-    Args:
-        W: weights (m, n), outputs x inputs, as `equinox.nn.Linear` stores them (a Flax kernel is
-            `kernel.T`). A scalar factor on W cancels.
-        X: inputs (..., n), any number of leading token axes.
-        Y: X W^T (..., m), if already computed: before bias, soft-cap and temperature.
-        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
-        axes: inside `jax.shard_map`, the mesh axes that split each dimension, as in
-            `jlar.energies`.
+    Args, Raises: those of every function of (W, X), `help(jlar)`.
 
     Returns:
         A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero or
         anything kept is not finite.
-
-    Raises:
-        ValueError: at trace time, for wrong ranks or widths, n = 1, complex or misshapen arguments.
 
     Example:
         >>> import jax, jlar
@@ -220,4 +228,17 @@ def lar(
         >>> print(f"{jlar.lar(W, W):.3f}")  # inputs along the rows of W
         0.583
     """
-    return measure(W, X, Y, mask, mesh.split(axes)).lar
+    W, X, keep, split = check.operands(W, X, mask, axes)
+    acc = check.accumulator(W, X)
+    W, of_W = check.unit(W, acc, split.m + split.n, split)
+    X, of_X = check.unit(X, acc, split.t + split.columns, split)
+
+    def square(Y: Array) -> tuple[Array, Array]:
+        Y, exponent = check.unit(Y, acc, split.t + split.outputs, split)
+        return energy(Y, acc), exponent
+
+    y, exponent = _of_output(square, W, X, Y, keep, split)
+    if Y is not None:  # else it is the product of W and X as they are now
+        exponent -= of_W + of_X
+    unit = sums(W, X, y, keep, math.prod(X.shape[:-1]), split)
+    return unit.lar + exponent.astype(acc) * (math.log(2) / math.log(unit.n))

@@ -1,14 +1,17 @@
-"""Meshes: which axes split W and X inside shard_map, and sums that end whole on every device."""
+"""Meshes: what splits W and X over devices, sums that are whole on every device, and A^T A."""
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-WHOLE = PartitionSpec()
+Axes = Mapping[str, str | tuple[str, ...]]
+"""Mesh axes that split the tokens "t", outputs "m" and inputs "n" of (W, X) inside shard_map."""
 
 
 class Split(NamedTuple):
@@ -30,25 +33,16 @@ class Split(NamedTuple):
 
     @property
     def gathered(self) -> tuple[str, ...]:
-        """What splits the rows of W in storage, but not those that multiply."""
+        """What splits W's rows in storage alone (FSDP): it splits the tokens, so not Y's outputs."""
         return tuple(a for a in self.m if a in self.t)
-
-    @property
-    def named(self) -> frozenset[str]:
-        """All of them."""
-        return frozenset().union(*self)
-
-
-Axes = Mapping[str, str | tuple[str, ...]]
-"""Mesh axes that split the tokens "t", outputs "m" and inputs "n" of (W, X) inside shard_map."""
 
 
 def names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
+    """The mesh axes of one entry of a PartitionSpec, or of `axes`."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def split(axes: Axes | Split | None) -> Split:
+def as_split(axes: Axes | Split | None) -> Split:
     """The axes as tuples, or ValueError. X is taken to be split as W, but not over axes of "t"."""
     if axes is None or isinstance(axes, Split):
         return axes or Split()
@@ -57,7 +51,7 @@ def split(axes: Axes | Split | None) -> Split:
             'axes must map "t" (tokens), "m" (outputs) and "n" (inputs) to the names of the mesh '
             f'axes that split them, as {{"t": "data", "m": "model"}}; got {axes!r}.'
         )
-    t, m, n = ((a,) if isinstance(a := axes.get(key, ()), str) else tuple(a) for key in "tmn")
+    t, m, n = (names(axes.get(key)) for key in "tmn")
     for name in (*t, *m, *n):
         try:
             jax.lax.axis_size(name)
@@ -72,7 +66,7 @@ def split(axes: Axes | Split | None) -> Split:
 
 
 def size(axes: tuple[str, ...]) -> int:
-    """How many parts they make."""
+    """Over how many devices these axes split."""
     return math.prod(jax.lax.axis_size(a) for a in axes)
 
 
@@ -97,9 +91,8 @@ def total(a: Array, axes: tuple[str, ...], split: Split) -> Array:
     Along the other axes of the split the devices hold equal values, which JAX need not know (W
     gathered for use, for instance): their mean tells it.
     """
-    if axes:
-        a = jax.lax.psum(a, axes)
-    equal = tuple((varying(a) & split.named).difference(axes)) if split.named else ()
+    a = jax.lax.psum(a, axes) if axes else a
+    equal = tuple(varying(a) & frozenset().union(*split).difference(axes))
     return jax.lax.pmean(a, equal) if equal else a
 
 
@@ -109,24 +102,69 @@ def vary_as(a: Array, *others: Array) -> Array:
     return jax.lax.pcast(a, tuple(missing), to="varying") if missing else a
 
 
-def unsharded(f: Callable[..., Any], out: Any = WHOLE) -> Callable[..., Any]:
-    """`f` with a result that is whole on every device, whatever the sharding of its arguments.
+def unsharded(f: Callable[..., Any], out: Any = PartitionSpec()) -> Callable[..., Any]:
+    """`f` with results that are whole on every device, or sharded as the specs `out` say.
 
-    Or, by `out`, one that is sharded in another way. Where arguments carry explicit mesh axes, a
-    sum over a sharded axis, an eigh or an SVD is refused without it; elsewhere it changes nothing.
+    Where arguments carry explicit mesh axes, JAX refuses a product over a sharded axis, an eigh or
+    an SVD without it. Elsewhere it changes nothing.
     """
 
     def call(*args: Array) -> Any:
         meshes = [jax.typeof(a).sharding.mesh for a in args]
-        mesh = next((m for m in meshes if m.explicit_axes), None)
+        mesh = next((each for each in meshes if each.explicit_axes), None)
         if mesh is None or mesh.manual_axes:
             return f(*args)
-        named = jax.tree.map(
-            lambda spec: NamedSharding(mesh, spec),
-            out,
-            is_leaf=lambda spec: isinstance(spec, PartitionSpec),
-        )
-        # With its mesh, because no jax.set_mesh may be in force.
-        return jax.sharding.auto_axes(f, out_sharding=named)(*args)
+        # NamedSharding and not the spec alone, because no jax.set_mesh may be in force.
+        is_spec = lambda a: isinstance(a, PartitionSpec)  # noqa: E731
+        places = jax.tree.map(partial(NamedSharding, mesh), out, is_leaf=is_spec)
+        return jax.sharding.auto_axes(f, out_sharding=places)(*args)
 
     return call
+
+
+def gram(
+    A: Float[Array, "*t c"], acc: jnp.dtype, rows: tuple[str, ...], columns: tuple[str, ...]
+) -> Float[Array, "n n"]:
+    """A^T A over all leading axes in dtype `acc`, summed over the mesh axes that split A.
+
+    Where its columns are split, the devices exchange parts of A until each has whole rows: in
+    blocks, so that no exchange carries more than n rows of n numbers. With explicit mesh axes A's
+    type tells what splits it; with automatic ones XLA decides what moves.
+    """
+    sharding = jax.typeof(A).sharding
+    if sharding.mesh.explicit_axes and not sharding.mesh.manual_axes:
+        *leading, last = map(names, sharding.spec)
+        of_rows: tuple[str, ...] = sum(leading, ())
+        if of_rows + last:
+            local = partial(gram, acc=acc, rows=of_rows, columns=last)
+            return jax.shard_map(
+                local,
+                mesh=sharding.mesh,
+                in_specs=sharding.spec,
+                out_specs=PartitionSpec(),
+                axis_names={*of_rows, *last},
+            )(A)
+    if columns:
+        A = A.reshape(-1, A.shape[-1])
+        devices, n = size(columns), A.shape[-1] * size(columns)
+        blocks = max(1, -(-A.shape[0] // (devices * n)))
+        per_block = devices * -(-A.shape[0] // (devices * blocks))
+        A = jnp.pad(A, [(0, blocks * per_block - A.shape[0]), (0, 0)])
+
+        def add(so_far: Array, block: Array) -> tuple[Array, None]:
+            whole = jax.lax.all_to_all(block, columns, split_axis=0, concat_axis=1, tiled=True)
+            return so_far + _gram(whole, acc), None
+
+        zero = vary_as(jnp.zeros((n, n), acc), A)
+        of_device = jax.lax.scan(add, zero, A.reshape(blocks, per_block, -1))[0]
+    else:
+        of_device = _gram(A, acc)
+    axes = (*rows, *columns)
+    return jax.lax.psum(of_device, axes) if axes else of_device
+
+
+def _gram(A: Float[Array, "*t c"], acc: jnp.dtype) -> Float[Array, "c c"]:
+    # One contraction over all token axes: merging them first would gather a sharded second one.
+    leading = list(range(A.ndim - 1))
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.tensordot(A, A, (leading, leading), precision=highest, preferred_element_type=acc)

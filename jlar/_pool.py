@@ -1,80 +1,102 @@
-"""What Energies and Grams share: sums over tokens pool exactly, and counts do not saturate."""
+"""What Energies and Grams share: they pool exactly over tokens, however many calls there are."""
 
-import abc
-import math
+import dataclasses
 from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from . import _mesh as mesh
+from ._checks import need
+from ._mesh import Split, size, total, unsharded
 
-# A count is held as two floats, high * BASE + low: it is one of several sums in an array of floats,
-# and a single float32 stops counting at 2^24. Exact up to 2^34 tokens, and 2^24 calls.
-BASE = 1024
-
-
-def to_limbs(count: Int[Array, "*stack"], dtype: jnp.dtype) -> Float[Array, "*stack 2"]:
-    """An integer count as (high, low) floats."""
-    return jnp.stack([count // BASE, count % BASE], axis=-1).astype(dtype)
+STEP = 4096
 
 
-def from_limbs(limbs: Float[ArrayLike, "*stack 2"]) -> Int[Array, "*stack"]:
-    """The integer count that (high, low) stand for."""
-    whole = jnp.asarray(limbs).astype(jnp.int32)
-    return whole[..., 0] * BASE + whole[..., 1]
+def pair(count: int | Int[Array, "*stack"], dtype: jnp.dtype) -> Float[Array, "*stack 2"]:
+    """A count as two floats whose sum it is.
+
+    The first is a multiple of 4,096, so that sums over devices are exact up to 2^36 in float32.
+    """
+    count = jnp.asarray(count // STEP), jnp.asarray(count % STEP)
+    return jnp.stack([count[0].astype(dtype) * STEP, count[1].astype(dtype)], axis=-1)
+
+
+def add_pairs(a: Float[Array, "*pairs 2"], b: Float[Array, "*pairs 2"]) -> Float[Array, "*pairs 2"]:
+    """The sums of numbers held as two floats each, exact to twice the bits of one float.
+
+    Knuth's sum of two floats with what rounding took from it, then Dekker's normalisation (Shewchuk
+    1997, theorems 7 and 6).
+    """
+    high = a[..., 0] + b[..., 0]
+    of_b = high - a[..., 0]
+    lost = (a[..., 0] - (high - of_b)) + (b[..., 0] - of_b) + (a[..., 1] + b[..., 1])
+    whole = high + lost
+    return jnp.stack([whole, lost - (whole - high)], axis=-1)
+
+
+def sum_counts(counts: Float[Array, "*pairs 2"], axes: tuple[str, ...]) -> Float[Array, "*pairs 2"]:
+    """The sums of counts over the devices along mesh axes, exact up to 2^36 in float32."""
+    high = jnp.floor(counts[..., 0] / STEP) * STEP
+    low = (counts[..., 0] - high) + counts[..., 1]
+    return jax.lax.psum(jnp.stack([high, low], axis=-1), axes)
 
 
 def counts(
-    keep: Bool[Array, "*t"] | None, tokens: tuple[int, ...], dtype: jnp.dtype, split: mesh.Split
-) -> Float[Array, "5"]:
-    """What `Pool.limbs` returns of one call: the call, and its tokens on all devices."""
-    total = divmod(math.prod(tokens) * mesh.size(split.t), BASE)
-    if keep is None:
-        return jnp.array((1, *total, *total), dtype)
-    kept = mesh.total(to_limbs(jnp.sum(keep, dtype=jnp.int32), dtype), split.t, split)
-    return jnp.concatenate([jnp.ones(1, dtype), kept, jnp.array(total, dtype)])
+    keep: Bool[Array, "*t"] | None, tokens: int, dtype: jnp.dtype, split: Split
+) -> Float[Array, "3 2"]:
+    """One call, and its tokens on all devices, kept and all: the last pairs of `Pool.sums`."""
+    whole = pair(tokens * size(split.t), dtype)
+    some = whole
+    if keep is not None:
+        some = total(pair(jnp.sum(keep, dtype=jnp.int32), dtype), split.t, split)
+    return jnp.stack([pair(1, dtype), some, whole])
 
 
 P = TypeVar("P", bound="Pool")  # typing.Self has no meaning to run-time checkers outside the class
 
 
 class Pool(eqx.Module):
-    """Statistics that add over tokens.
+    """Statistics that add over tokens, of one matrix or, with leading axes, of a stack.
 
-    Every leaf is a float and adds: `a + b` pools two batches, a scan may carry one, `jax.lax.psum`
-    pools over a mesh, and zeros are the neutral element.
+    `a + b`, `sum(list)` and `.sum(axis)` of what vmap or scan stacked are the statistics of all
+    calls together: a scan may carry them from `zeros`, which is neutral. Over the devices of a
+    shard_map use `axes=`, or `jax.lax.all_gather(e, "data").sum()`; `jax.lax.psum` is right too,
+    with pooled counts beyond 2^24 rounded to float32.
     """
 
-    @abc.abstractmethod
-    def limbs(self) -> Float[Array, "*stack 5"]:
-        """Calls, then kept and all tokens as limbs."""
+    sums: eqx.AbstractVar[Float[Array, "*stack k 2"]]
+    """Numbers held as two floats each; the last three are calls, kept tokens and all tokens."""
+
+    def _number(self, i: int) -> Float[Array, "*stack"]:
+        return jnp.sum(jnp.asarray(self.sums)[..., i, :], axis=-1)
 
     @property
     def calls(self) -> Float[Array, "*stack"]:
         """How many calls were pooled."""
-        return self.limbs()[..., 0]
+        return self._number(-3)
 
     @property
     def count(self) -> Int[Array, "*stack"]:
-        """Tokens kept by the mask, int32: exact up to 2^31 - 1."""
-        return from_limbs(self.limbs()[..., 1:3])
+        """Tokens kept by the mask: an int32, exact below 2^31 - 64, else -1 (int64 under x64)."""
+        high, low = jnp.moveaxis(jnp.asarray(self.sums)[..., -2, :], -1, 0)
+        limit = float(jnp.iinfo(high.astype(int).dtype).max)
+        return jnp.where(high < limit, high.astype(int) + low.astype(int), -1)
 
     @property
     def keep_rate(self) -> Float[Array, "*stack"]:
         """Kept tokens over all tokens, in [0, 1]; nan where nothing was seen."""
-        kept_high, kept_low, high, low = jnp.moveaxis(self.limbs()[..., 1:], -1, 0)
-        return (kept_high * BASE + kept_low) / (high * BASE + low)
+        return self._number(-2) / self._number(-1)
 
     def __add__(self: P, other: P) -> P:
-        if jax.tree.structure(self) != jax.tree.structure(other):
-            raise ValueError(
-                f"only statistics of the same weight matrix pool; got {type(self).__name__} and "
-                f"{type(other).__name__} of different kind or width: keep one per layer."
-            )
-        return jax.tree.map(jnp.add, self, other)._carried()
+        need(
+            jax.tree.structure(self) == jax.tree.structure(other),
+            f"only statistics of the same weight matrix pool; got {type(self).__name__} and "
+            f"{type(other).__name__} of different kind or width: keep one per layer.",
+        )
+        added = jax.tree.map(jnp.add, self, other)
+        return dataclasses.replace(added, sums=add_pairs(self.sums, other.sums))
 
     def __radd__(self: P, other: int) -> P:
         # 0 + self, so that the built-in sum pools a list.
@@ -84,24 +106,25 @@ class Pool(eqx.Module):
 
     def sum(self: P, axis: int | tuple[int, ...] = 0) -> P:
         """Pool over the leading axes that vmap or scan stacked (axis counts from the front)."""
-        axes = (axis,) if isinstance(axis, int) else tuple(axis)
-        stacked = self.calls.ndim
-        if not all(0 <= a < stacked for a in axes):
-            raise ValueError(
-                f"axis must name stacked axes, from 0 to {stacked - 1} here; got {axis}."
-                if stacked
-                else "nothing to sum: these statistics have no stacked axis (one call, one matrix)."
-            )
-        return jax.tree.map(lambda leaf: jnp.sum(leaf, axes), self)._carried()
+        axes, stacked = (axis,) if isinstance(axis, int) else tuple(axis), self.sums.ndim - 2
+        need(
+            stacked > 0,
+            "nothing to sum: these statistics have no stacked axis (one call, one matrix).",
+        )
+        need(
+            all(0 <= a < stacked for a in axes),
+            f"axis must name stacked axes, from 0 to {stacked - 1} here; got {axis}.",
+        )
 
-    @abc.abstractmethod
-    def _with(self: P, counts: Float[Array, "*stack 5"]) -> P:
-        """The same statistics with these counts."""
+        def in_pairs(sums: Float[Array, "..."]) -> Float[Array, "..."]:
+            # By halves and not by jax.lax.reduce, in which XLA reorders and loses what rounding took.
+            sums = jnp.moveaxis(sums, axes, range(len(axes)))
+            sums = sums.reshape(-1, *sums.shape[len(axes) :])
+            missing = (1 << (max(len(sums), 1) - 1).bit_length()) - len(sums)
+            sums = jnp.pad(sums, [(0, missing)] + [(0, 0)] * (sums.ndim - 1))
+            while len(sums) > 1:
+                sums = add_pairs(*jnp.split(sums, 2))
+            return sums[0]
 
-    def _carried(self: P) -> P:
-        # The same number with a low limb below BASE, so that it never saturates.
-        calls, *limbs = jnp.moveaxis(self.limbs(), -1, 0)
-        for i in (0, 2):
-            carry = jnp.floor(limbs[i + 1] / BASE)
-            limbs[i : i + 2] = limbs[i] + carry, limbs[i + 1] - carry * BASE
-        return self._with(jnp.stack([calls, *limbs], axis=-1))
+        added = jax.tree.map(lambda leaf: jnp.sum(leaf, axes), self)
+        return dataclasses.replace(added, sums=unsharded(in_pairs)(jnp.asarray(self.sums)))

@@ -14,7 +14,7 @@ from . import _checks as check
 from . import _mesh as mesh
 from ._energies import energy
 from ._origin import Origin
-from ._pool import counts, to_limbs
+from ._pool import counts, pair
 
 Axes = tuple[int, ...]
 Shape = tuple[int, ...]
@@ -34,9 +34,9 @@ class Product:
         """Which side of the leaf the inputs are on, as far as it is followed."""
         return weight.layout
 
-    def counts(self, keep: Array | None, acc: Any, *_: Array) -> Float[Array, "*stack 5"]:
-        """What `Pool.limbs` returns of it, once or for each matrix of a stack."""
-        return counts(keep, self.tokens, acc, mesh.Split())
+    def counts(self, keep: Array | None, acc: Any, *_: Array) -> Float[Array, "*stack 3 2"]:
+        """Its calls and tokens as in `Pool.sums`, once or for each matrix of a stack."""
+        return counts(keep, math.prod(self.tokens), acc, mesh.Split())
 
 
 @dataclass(frozen=True)
@@ -185,12 +185,13 @@ class Ragged(Product):
     def _per_group(self, per_token: Array, sizes: Array) -> Array:
         return jax.ops.segment_sum(per_token, self._group(sizes), self.stack[0])
 
-    def counts(self, keep: Array | None, acc: Any, *sizes: Array) -> Float[Array, "*stack 5"]:
+    def counts(self, keep: Array | None, acc: Any, *sizes: Array) -> Float[Array, "*stack 3 2"]:
         """Each group has its own tokens."""
         one = jnp.ones(self.tokens, jnp.int32)
         tokens = (one if keep is None else keep.astype(jnp.int32)), one
-        limbs = (to_limbs(self._per_group(each, *sizes), acc) for each in tokens)
-        return jnp.concatenate([jnp.ones((*self.stack, 1), acc), *limbs], axis=-1)
+        counted = (self._per_group(each, *sizes) for each in tokens)
+        ones = jnp.ones(self.stack, jnp.int32)
+        return pair(jnp.stack([ones, *counted], axis=-1), acc)
 
     def squares(
         self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array, sizes: Array

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, ArrayLike
 
+from ._checks import need
 from ._mesh import Split, names
 
 
@@ -18,21 +19,23 @@ def sharded(
 ) -> Callable[..., Any]:
     """A function of (W, X) of this library, for arrays that are sharded like this; jitted.
 
-    The result is that of the whole arrays, on every device. What moves between devices is fixed: a
-    few scalars for `lar` and `energies`; sums of n x n numbers for `grams`, `spectra` and
-    `alignment` and, where a spec splits the inputs n, each device's part of W and X once, at most
-    n x n numbers at a time. The `eigh` of a spectrum runs on every device alike, O(n^3).
+    The result is that of the whole arrays, on every device. There are three ways to it:
 
-    Three ways to the same numbers, and when to use which:
+    - Plain `jax.jit` on sharded arrays is the default, with nothing to be said: `jlar.energies` and
+      `jlar.lar` move a few scalars, `jlar.grams` and `jlar.spectra` sums of n x n numbers. With
+      explicit mesh axes that is so however W and X are split. With automatic axes XLA decides, and
+      gathers W or X for a product, and so for the Grams, where their columns (the inputs n) are
+      split: use one of the other ways there. W is also multiplied on every device that holds it.
+    - `sharded`, when nothing may be gathered whatever XLA thinks, and you know the specs.
+    - `axes=` of the functions, when you write the code of one device, inside `jax.shard_map`.
 
-    - Plain `jax.jit` on sharded arrays: the default, nothing to be said. On meshes with explicit
-      axes nothing is gathered; with automatic axes XLA decides in the end.
-    - `sharded`: when W must not be gathered whatever XLA thinks, and you know the specs.
-    - `axes=` of the functions: when you write the code of one device, inside `jax.shard_map`.
+    By the last two a few scalars move for `lar` and `energies`; sums of n x n numbers for `grams`,
+    `spectra` and `alignment` and, where n is split, each device's part of W and X once, at most
+    n x n numbers at a time. In all three the `eigh` of a spectrum runs on every device, O(n^3).
 
     Args:
-        function: `jlar.lar`, `jlar.energies`, `jlar.grams`, or `jlar.spectra`, `jlar.alignment`;
-            or one of your own, `function(W, X, *, axes, ...)`, that calls them.
+        function: `jlar.lar`, `jlar.energies`, `jlar.grams`, `jlar.spectra` or `jlar.alignment`; or
+            one of your own, `function(W, X, *, axes, ...)`, that calls them.
         mesh: the mesh whose devices hold the arrays.
         W_spec: how W (m, n) is sharded, such as P("model") for a vocabulary over "model".
         X_spec: how X (..., n) is sharded, such as P("data"), or longer; its last entry is n's.
@@ -57,84 +60,75 @@ def sharded(
         0.5024
     """
 
-    def laid_out(W: ArrayLike, X: ArrayLike) -> tuple[dict[str, P], Split]:
-        W_whole, X_whole = _filled("W", W, W_spec), _filled("X", X, X_spec)
-        *tokens, columns = map(names, X_whole)
-        m, n = map(names, W_whole)
-        split = Split(sum(tokens, ()), m, n, columns)
-        token_spec = X_whole[:-1]
-        of_Y, of_mask = P(*token_spec, split.outputs), P(*token_spec)
-        return {"W": W_whole, "X": X_whole, "Y": of_Y, "mask": of_mask}, split
+    def layout(operands: dict[str, Array]) -> tuple[dict[str, P], Split]:
+        W, X = _filled("W", operands["W"], W_spec), _filled("X", operands["X"], X_spec)
+        *tokens, columns = map(names, X)
+        split = Split(sum(tokens, ()), *map(names, W), columns)
+        specs = {"W": W, "X": X, "Y": P(*X[:-1], split.outputs), "mask": P(*X[:-1])}
+        return {name: specs[name] for name in operands}, split
 
     @jax.jit
     def program(operands: dict[str, Array]) -> Any:
-        specs, split = laid_out(operands["W"], operands["X"])
-        specs = {name: specs[name] for name in operands}
+        specs, split = layout(operands)
         if mesh.abstract_mesh.explicit_axes:  # what lies nowhere yet has to be said to be split
             places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
             operands = {name: jax.reshard(a, places[name]) for name, a in operands.items()}
 
         def local(operands: dict[str, Array]) -> Any:
-            others = {k: a for k, a in operands.items() if k not in ("W", "X")}
-            return function(operands["W"], operands["X"], **others, axes=split)
+            W, X = operands.pop("W"), operands.pop("X")
+            return function(W, X, **operands, axes=split)
 
         return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())(operands)
 
-    def call(W: ArrayLike, X: ArrayLike, **others: ArrayLike | None) -> Any:
-        specs, _ = laid_out(W, X)
-        operands = {"W": W, "X": X} | {k: a for k, a in others.items() if a is not None}
-        for name, array in operands.items():
-            if name not in specs:
-                raise ValueError(f"a sharded function takes W, X, Y= and mask=; got {name}=.")
-            _check(name, array, specs[name], mesh)
+    def call(
+        W: ArrayLike, X: ArrayLike, *, Y: ArrayLike | None = None, mask: ArrayLike | None = None
+    ) -> Any:
+        given = {"W": W, "X": X, "Y": Y, "mask": mask}
+        operands = {name: jax.numpy.asarray(a) for name, a in given.items() if a is not None}
+        for name, spec in layout(operands)[0].items():
+            _check(name, operands[name], spec, mesh)
         return program(operands)
 
     return call
 
 
-def _filled(name: str, array: ArrayLike, spec: P) -> P:
+def _filled(name: str, array: Array, spec: P) -> P:
     """The spec with an entry for each dimension."""
-    rank = jax.numpy.ndim(array)
-    if name == "W" and rank != 2:
-        raise ValueError(
-            f"W must have shape (m, n), outputs x inputs; got shape {jax.numpy.shape(array)}. For "
-            "a stack of weights use jax.vmap of the function without specs."
-        )
-    if len(spec) > rank:
-        raise ValueError(
-            f"{name}_spec {spec} has more entries than {name} of shape {jax.numpy.shape(array)}."
-        )
-    return P(*spec, *(None,) * (rank - len(spec)))
+    need(
+        array.ndim == 2 if name == "W" else array.ndim > 0,
+        f"{name} must have shape {'(m, n), outputs x inputs' if name == 'W' else '(..., n)'}; "
+        f"got shape {array.shape}. For a stack use jax.vmap of the function without specs.",
+    )
+    need(
+        len(spec) <= array.ndim,
+        f"{name}_spec {spec} has more entries than {name} of shape {array.shape}.",
+    )
+    return P(*spec, *(None,) * (array.ndim - len(spec)))
 
 
-def _check(name: str, array: ArrayLike, spec: P, mesh: Mesh) -> None:
-    shape = jax.numpy.shape(array)
-    for size, entry in zip(shape, spec, strict=False):
+def _check(name: str, array: Array, spec: P, mesh: Mesh) -> None:
+    for size, entry in zip(array.shape, spec, strict=False):
         for axis in names(entry):
-            if axis not in mesh.shape:
-                raise ValueError(
-                    f"{name}_spec names the axis {axis!r}; the mesh has {tuple(mesh.shape)}."
-                )
-        parts = math.prod(mesh.shape[axis] for axis in names(entry))
-        if size % parts:
-            raise ValueError(
-                f"{name} of shape {shape} does not divide by {name}_spec {spec}: {size} over "
-                f"{entry!r} of {parts} devices. Pad it (and mask the padding), or split another "
-                "dimension."
+            need(
+                axis in mesh.shape,
+                f"{name}_spec names the axis {axis!r}; the mesh has {tuple(mesh.shape)}.",
             )
-    held = _held(array)
-    where = mesh.abstract_mesh if isinstance(array, Tracer) else mesh
-    if held is not None and not held.is_equivalent_to(NamedSharding(where, spec), len(shape)):
-        raise ValueError(
-            f"{name} is held as {held}, not as {spec} on a mesh of {mesh.size} devices "
-            f"{dict(mesh.shape)}: pass the spec it has, or jax.device_put({name}, "
-            f"NamedSharding(mesh, {spec})) first."
+        devices = math.prod(mesh.shape[axis] for axis in names(entry))
+        need(
+            size % devices == 0,
+            f"{name} of shape {array.shape} does not divide by {name}_spec {spec}: {size} over "
+            f"{entry!r} of {devices} devices. Pad it (and mask the padding), or split another "
+            "dimension.",
         )
-
-
-def _held(array: ArrayLike) -> Any:
-    """Where the array is, if that is settled: not if uncommitted or under automatic axes."""
+    # Where the array lies, if that is settled: not if uncommitted or under automatic axes.
     if isinstance(array, Tracer):
-        sharding = jax.typeof(array).sharding
-        return sharding if sharding.mesh.explicit_axes else None
-    return array.sharding if isinstance(array, Array) and array.committed else None
+        place, here = jax.typeof(array).sharding, mesh.abstract_mesh
+        settled = bool(place.mesh.explicit_axes)
+    else:
+        place, here, settled = array.sharding, mesh, array.committed
+    need(
+        not settled or place.is_equivalent_to(NamedSharding(here, spec), array.ndim),
+        f"{name} is held as {place}, not as {spec} on a mesh of {mesh.size} devices "
+        f"{dict(mesh.shape)}: pass the spec it has, or jax.device_put({name}, "
+        f"NamedSharding(mesh, {spec})) first.",
+    )

@@ -11,7 +11,8 @@ from . import _checks as check
 from . import _mesh as mesh
 from ._devices import MeshSplit, whole
 from ._energies import Energies, energies
-from ._spectra import Grams, grams, second_moments
+from ._pool import sum_counts
+from ._spectra import Grams, grams
 
 
 def statistics(
@@ -33,7 +34,7 @@ def statistics(
 
     def one(W: Array, X: Array, Y: Array | None, keep: Array | None) -> PyTree:
         if Y is None:
-            return second_moments(W, X, keep, exchanged)
+            return grams(W, X, mask=keep, axes=exchanged)
         X, Y = X.reshape(-1, X.shape[-1]), Y.reshape(-1, Y.shape[-1])
         sums = measure(W, X, Y, None if keep is None else keep.reshape(-1))
         return jax.tree.map(jnp.asarray, sums)
@@ -54,16 +55,18 @@ def over_devices(statistic: PyTree, split: MeshSplit, loops: int, axes: Iterable
         names = tuple(name for name in names if name in axes)
         return jax.lax.psum(a, names) if names else a
 
-    def counted(counts: Array) -> Array:
-        return jnp.concatenate([counts[..., :1], add(counts[..., 1:], split.t)], axis=-1)
+    def counted(sums: Array) -> Array:
+        calls, tokens = sums[..., -3:-2, :], sums[..., -2:, :]
+        names = tuple(name for name in split.t if name in axes)
+        return jnp.concatenate([calls, sum_counts(tokens, names) if names else tokens], axis=-2)
 
     if isinstance(statistic, Energies):
         e, by = statistic, (split.y, split.t + split.n, split.m + split.n)
         squares = [add(a, names) for a, names in zip((e.y, e.x, e.w), by, strict=True)]
-        statistic = Energies.of(squares, counted(e.limbs()), e.n)
+        statistic = Energies.of(squares, counted(e.sums), e.n)
     elif isinstance(statistic, Grams):
         g = statistic
-        statistic = Grams(add(g.w, split.m), add(g.x, split.t), counted(g.limbs()))
+        statistic = Grams(add(g.w, split.m), add(g.x, split.t), counted(g.sums))
     else:
         statistic = jax.tree.map(lambda a: add(a, split.t), statistic)
     rows = tuple(name for name in split.stack if name in axes)

@@ -3,23 +3,19 @@
 from functools import partial
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from . import _checks as check
-from . import _mesh as mesh
 from ._energies import lar
+from ._mesh import Axes, Split
 
 
 class UpdateAlignment(NamedTuple):
-    """What `jlar.update_alignment` returns."""
+    """What `jlar.update_alignment` returns: the LARs of X0 dW^T, dX W0^T and dX dW^T."""
 
     alpha: Float[Array, ""]
-    """LAR of the change of the weights on the inputs as they were: X0 dW^T."""
     omega: Float[Array, ""]
-    """LAR of the weights as they were on the change of the inputs: dX W0^T."""
     u: Float[Array, ""]
-    """LAR of the change of the weights on the change of the inputs: dX dW^T."""
 
 
 def update_alignment(
@@ -29,7 +25,7 @@ def update_alignment(
     X: Float[ArrayLike, "*t n"],
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
-    axes: mesh.Axes | None = None,
+    axes: Axes | Split | None = None,
 ) -> UpdateAlignment:
     r"""The log-alignment ratios of the three terms by which training changes a layer's output.
 
@@ -44,27 +40,18 @@ def update_alignment(
     omega is at most $1/2 + \log_n(1 + \sqrt{n/m})$ at random initialisation: 1/2 in the limit of
     large n at fixed m/n, but up to 1 for a layer of few outputs.
 
-    The terms are those of Everett et al., arXiv 2407.05872. Energies are pooled over tokens before
+    The terms are those of Everett et al., arXiv 2407.05872. Squares are summed over tokens before
     the logarithm, as everywhere in jlar. The scheduler m-wojnar/maxP averages the logarithm over
     tokens, a different number: equal only if all rows have the same ratio.
 
-    Cost: three products, O(t m n). Gradients stop here.
-
-    Args:
-        W0: weights (m, n) at the reference step, usually initialisation; outputs x inputs.
-        W: weights (m, n) now.
-        X0: inputs (..., n) of the layer at the reference step, any number of leading token axes.
-        X: inputs (..., n) now, of the same tokens in the same order.
-        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
-        axes: inside `jax.shard_map`, the mesh axes that split "t" and "m", as in `jlar.energies`.
+    Args: W0 and X0 at the reference step, usually initialisation; W and X now, of the same tokens
+        in the same order; mask and axes ("t" and "m") as of every function, `help(jlar)`.
 
     Returns:
-        `UpdateAlignment(alpha, omega, u)`, scalars in [-inf, 1], float32 (float64 if an input is).
-        nan where a factor is zero: all but omega if W = W0, all but alpha if X = X0 (also where
-        half precision rounds an update away); and where anything kept is not finite.
-
-    Raises:
-        ValueError: at trace time, for wrong ranks or widths, n = 1, shapes that changed.
+        `UpdateAlignment(alpha, omega, u)`, scalars in [-inf, 1], float32 (float64 if an input is),
+        by three products, O(t m n). nan where a factor is zero: all but omega if W = W0, all but
+        alpha if X = X0 (also where half precision rounds an update away); and where anything kept
+        is not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlar
@@ -74,20 +61,19 @@ def update_alignment(
         >>> print(" ".join(f"{a:.2f}" for a in jlar.update_alignment(W0, W, X0[:1], X[:1])))
         1.00 0.52 0.41
     """
-    W0, W = _same_shape(W0, W, "W")
-    X0, X = _same_shape(X0, X, "X")
-    acc = check.accumulator(W0, W, X0, X)
-    W0, W, X0, X = (jax.lax.stop_gradient(a.astype(acc)) for a in (W0, W, X0, X))
-    dW, dX = W - W0, X - X0
+    (W0, dW), (X0, dX) = _change(W0, W, "W"), _change(X0, X, "X")
+    acc = check.accumulator(W0, dW, X0, dX)
+    W0, dW, X0, dX = (a.astype(acc) for a in (W0, dW, X0, dX))
     term = partial(lar, mask=mask, axes=axes)
     return UpdateAlignment(alpha=term(dW, X0), omega=term(W0, dX), u=term(dW, dX))
 
 
-def _same_shape(before: ArrayLike, now: ArrayLike, name: str) -> tuple[Array, Array]:
+def _change(before: ArrayLike, now: ArrayLike, name: str) -> tuple[Array, Array]:
     before, now = check.real_array(before, f"{name}0"), check.real_array(now, name)
-    if before.shape != now.shape:
-        raise ValueError(
-            f"{name}0 and {name} must have the same shape, before and after; got {before.shape} "
-            f"and {now.shape}. Pass the same tokens and the same layer at both steps."
-        )
-    return before, now
+    check.need(
+        before.shape == now.shape,
+        f"{name}0 and {name} must have the same shape, before and after; got {before.shape} "
+        f"and {now.shape}. Pass the same tokens and the same layer at both steps.",
+    )
+    acc = check.accumulator(before, now)
+    return before.astype(acc), now.astype(acc) - before.astype(acc)

@@ -1,16 +1,23 @@
-"""Unembedding and softmax cross-entropy in chunks of tokens, with the energies of the logits."""
+"""The fused unembedding loss: cross-entropy without the logits, and the energies of the logits."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Integer, Shaped
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, ArrayLike, Float, Int, Integer, Shaped
 
 from . import _checks as check
-from . import _mesh as mesh
 from ._energies import Energies, energy, sums
+from ._mesh import Axes, Split, total, unsharded, vary_as, varying
+
+__all__ = ["cross_entropy"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 class _Rule(NamedTuple):
@@ -30,19 +37,21 @@ def cross_entropy(
     labels: Integer[ArrayLike, "*t"],
     *,
     mask: Shaped[ArrayLike, "*t"] | None = None,
+    weights: Float[ArrayLike, "*t"] | None = None,
     chunk: int | None = None,
     soft_cap: float | None = None,
     z_loss: float = 0.0,
     ignore: int = -100,
     reduction: Literal["mean", "sum", "none"] = "mean",
-    axes: mesh.Axes | None = None,
+    axes: Axes | None = None,
 ) -> tuple[Float[Array, "..."], Energies]:
-    r"""Cross-entropy of the labels under softmax(X W^T), and the energies of W at work.
+    r"""Cross-entropy of the labels under softmax(X W^T), and the energies of W, without gradient.
 
     $\ell_t = \log \sum_v e^{z_{tv}} - z_{t, label_t} + \zeta (\log \sum_v e^{z_{tv}})^2$ with
     $z = Y = XW^T$, or $c \tanh(Y / c)$ under a soft-cap c; the mean over the tokens kept, which are
     those in the mask whose label is not `ignore`. The (tokens, V) logits never exist: a scan goes
-    over chunks of tokens. The energies are sums over each chunk's Y while it is there.
+    over chunks of tokens. The energies are sums over each chunk's Y while it is there; to have a
+    gradient of LAR differentiate `jlar.lar`.
 
     Time is about that of the plain loss: where "mean" and "sum" are differentiated, each chunk's
     part of both gradients is computed in the forward pass, while its logits are there, and scaled
@@ -58,12 +67,11 @@ def cross_entropy(
     Reverse mode only, as for any `jax.custom_vjp`: `jax.jvp` raises TypeError. Second derivatives
     (grad of grad, `jax.hessian`) are right, but keep all logits as the plain loss does.
 
-    Args:
-        W: unembedding (V, n), vocabulary x inputs, as `equinox.nn.Linear` stores it.
-        X: activations (..., n), any number of leading token axes; W and X of different dtypes, or
-            narrower than half precision, are both cast to float32 (float64 if one is).
-        labels: (...,) integers from 0 to V - 1, or `ignore`.
-        mask: (...,) of 0/1 or bool; tokens with 0 do not count, whatever X and label hold there.
+    Args: the unembedding W (V, n), X and mask are those of every function of (W, X), `help(jlar)`;
+        W and X of different dtypes, or narrower than half precision, are both cast to float32;
+        labels: (...,) integers from 0 to V - 1, or `ignore`, after what makes the logits.
+        weights: (...,) factors of the tokens' losses; "mean" divides by their sum. A token of
+            weight 0 is dropped as by the mask; the energies count all others once.
         chunk: tokens at a time. By default n, for which the logits take the room of one float32
             gradient of W, or as many as 2^24 logits (64 MiB) allow if that is more.
         soft_cap: c, a positive Python number; None for none.
@@ -80,11 +88,7 @@ def cross_entropy(
         (loss, `Energies`): the loss float32 (float64 if an input is), () or for "none" (...,). It
         is nan for the mean of no tokens, and for a kept token with a label outside 0..V-1; nan
         losses have nan gradients. The energies are those of `jlar.energies(W, X, mask=kept)`: Y
-        before the soft-cap, kept tokens only, no gradient.
-
-    Raises:
-        ValueError: at trace time, for wrong ranks or shapes, n = 1, labels that are not integers,
-            chunk < 1, soft_cap or z_loss out of range, an unknown reduction.
+        before the soft-cap, kept tokens only.
 
     Example:
         >>> import jax, jlar.losses
@@ -95,103 +99,101 @@ def cross_entropy(
         >>> print(f"{loss:.3f} {energies.lar:.3f} {energies.count} {dW.shape}")
         4.180 0.503 63 (64, 64)
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f'reduction must be "mean", "sum" or "none"; got {reduction!r}.')
-    if soft_cap is not None and not 0 < soft_cap < float("inf"):
-        raise ValueError(f"soft_cap must be positive, or None for no cap; got {soft_cap}.")
-    if not 0 <= z_loss < float("inf"):
-        raise ValueError(f"z_loss must be a finite weight, 0 for none; got {z_loss}.")
-    split = _check_axes(axes)
-    W = check.check_weights(W)
-    V, n = W.shape
-    if chunk is None:
-        chunk = max(n, 2**24 // V)
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 token, or None to choose it; got {chunk}.")
-    mesh.check_varies(W, "W", split.m)
-    mesh.check_varies(jnp.asarray(X), "X", split.t)
-    tokens = jnp.shape(X)[:-1]
-    labels = _check_labels(labels, tokens)
+    check.need(
+        reduction in ("mean", "sum", "none"),
+        f'reduction must be "mean", "sum" or "none"; got {reduction!r}.',
+    )
+    check.need(
+        soft_cap is None or 0 < soft_cap < math.inf,
+        f"soft_cap must be positive, or None for no cap; got {soft_cap}.",
+    )
+    check.need(0 <= z_loss < math.inf, f"z_loss must be a finite weight, 0 for none; got {z_loss}.")
+    W, X, _, split = check.operands(W, X, None, axes)
+    _check_split(split, axes)
+    (V, n), tokens = W.shape, X.shape[:-1]
+    chunk = max(n, 2**24 // V) if chunk is None else chunk
+    check.need(chunk >= 1, f"chunk must be at least 1 token, or None to choose it; got {chunk}.")
+    labels, acc = _check_labels(labels, tokens), check.accumulator(W, X)
     keep = labels != ignore
     if mask is not None:
-        keep &= check.check_mask(mask, tokens)
-    X = check.check_inputs(X, n, V, keep)[0]
+        keep &= check.kept(mask, tokens)
+    factors = jnp.ones(tokens, acc) if weights is None else check.real_array(weights, "weights")
+    keep &= check.kept(factors, tokens, "weights")
+    factors = check.zero_masked(factors.astype(acc), keep)
+    X = check.zero_masked(X, keep)
 
-    acc = check.accumulator(W, X)
     native = W.dtype == X.dtype and W.dtype in check.NATIVE
     dtype = W.dtype if native else acc
     rule = _Rule(chunk, soft_cap, z_loss, reduction != "none", dtype, split.m)
     labels = jnp.where(keep, labels, 0)  # so that out of range means nan, wherever it is seen
 
-    def all_losses(W: Array, X: Array, labels: Array, keep: Array) -> tuple[Array, Array]:
-        # Said to vary here, W and X have gradients that JAX sums over the devices.
-        W, X = mesh.vary_as(W, X, labels, keep), mesh.vary_as(X, W, labels, keep)
-        loss, y = _losses(rule, W, X.reshape(-1, n), labels.ravel(), keep.ravel())
+    def all_losses(W: Array, X: Array, labels: Array, factors: Array) -> tuple[Array, Array]:
+        # Said to vary over the devices, W and X have gradients that JAX sums over them.
+        W, X = vary_as(W, X, labels, factors), vary_as(X, W, labels, factors)
+        loss, y = _losses(rule, W, X.reshape(-1, n), labels.ravel(), factors.ravel())
         return (loss if rule.pooled else loss.reshape(tokens)), y
 
-    whole = P() if rule.pooled else jax.typeof(labels).sharding.spec
-    loss, y = mesh.unsharded(all_losses, (whole, P()))(
-        W.astype(dtype), X.astype(dtype), labels, keep
+    of_loss = PartitionSpec() if rule.pooled else jax.typeof(labels).sharding.spec
+    loss, y = unsharded(all_losses, (of_loss, PartitionSpec()))(
+        W.astype(dtype), X.astype(dtype), labels, factors
     )
-    if reduction != "none":
-        loss = mesh.total(loss, split.t, split)
+    loss = loss if reduction == "none" else total(loss, split.t, split)
     if reduction == "mean":
-        kept = mesh.total(jnp.sum(keep, dtype=jnp.int32), split.t, split)
-        loss = loss / kept.astype(acc)
-    return loss, jax.lax.stop_gradient(sums(W, X, y, keep, tokens, n, split))
+        loss = loss / total(jnp.sum(factors), split.t, split)
+    return loss, jax.lax.stop_gradient(sums(W, X, y, keep, math.prod(tokens), split))
 
 
-def _check_axes(axes: mesh.Axes | None) -> mesh.Split:
-    split = mesh.split(axes)
-    if split.n or split.gathered:
-        raise ValueError(
-            'axes may split the tokens "t" and the vocabulary "m", over different mesh axes; got '
-            f"{axes!r}. Gather W over {(*split.n, *split.gathered)} first, as its product would."
-        )
+def _check_split(split: Split, axes: Axes | None) -> None:
+    check.need(
+        not (split.n or split.gathered),
+        'axes may split the tokens "t" and the vocabulary "m", over different mesh axes; got '
+        f"{axes!r}. Gather W over {(*split.n, *split.gathered)} first, as its product would.",
+    )
     for axis in split.m:
-        if axis not in mesh.varying(jax.lax.axis_index(axis)):
-            raise ValueError(
-                f"axes splits the vocabulary over {axis!r}, whose gradients need to know what "
-                "varies over it: leave check_vma of jax.shard_map at True."
-            )
-    return split
+        check.need(
+            axis in varying(jax.lax.axis_index(axis)),
+            f"axes splits the vocabulary over {axis!r}, whose gradients need to know what "
+            "varies over it: leave check_vma of jax.shard_map at True.",
+        )
 
 
 def _check_labels(labels: ArrayLike, tokens: tuple[int, ...]) -> Int[Array, "*t"]:
     labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"labels must be integers, one class index per token; got dtype {labels.dtype}. For "
-            "one-hot labels pass jnp.argmax(labels, axis=-1)."
-        )
-    if labels.shape != tokens:
-        raise ValueError(
-            f"labels must have one entry per token, shape {tokens}, as X has without its last "
-            f"axis; got shape {labels.shape}."
-        )
+    check.need(
+        jnp.issubdtype(labels.dtype, jnp.integer),
+        f"labels must be integers, one class index per token; got dtype {labels.dtype}. For "
+        "one-hot labels pass jnp.argmax(labels, axis=-1).",
+    )
+    check.need(
+        labels.shape == tokens,
+        f"labels must have one entry per token, shape {tokens}, as X has without its last "
+        f"axis; got shape {labels.shape}.",
+    )
     return labels.astype(int)  # the widest there is: `ignore` need not fit a label's own dtype
 
 
 def _token_losses(
-    Y: Float[Array, "c V"], labels: Int[Array, "c"], keep: Bool[Array, "c"], rule: _Rule
+    Y: Float[Array, "c V"], labels: Int[Array, "c"], factors: Float[Array, "c"], rule: _Rule
 ) -> Float[Array, "c"]:
     """The formula; its three sums over v go over the devices that split the vocabulary."""
     z = Y if rule.soft_cap is None else rule.soft_cap * jnp.tanh(Y / rule.soft_cap)
     log_sum = jax.nn.logsumexp(z, axis=-1)
     # A sum and not a gather: it fuses with the others, and its gradient is not a scatter.
     first = jax.lax.axis_index(rule.vocabulary) * Y.shape[1] if rule.vocabulary else 0
-    is_label = labels[:, None] - first == jnp.arange(Y.shape[1])
+    is_label = labels[:, None] - first == jnp.arange(Y.shape[1])[None]
     label_z = jnp.sum(jnp.where(is_label, z, 0), axis=-1)
     found = jnp.sum(is_label, axis=-1, dtype=Y.dtype)
     if rule.vocabulary:
         top = jax.lax.pmax(jax.lax.stop_gradient(log_sum), rule.vocabulary)
-        parts = (jnp.exp(log_sum - top), label_z, found)
-        total, label_z, found = jax.lax.psum(parts, rule.vocabulary)
-        log_sum = top + jnp.log(total)
-    loss = log_sum - label_z + rule.z_loss * jnp.square(log_sum)
+        shares = (jnp.exp(log_sum - top), label_z, found)
+        whole, label_z, found = jax.lax.psum(shares, rule.vocabulary)
+        log_sum = top + jnp.log(whole)
+    loss = log_sum - label_z
+    if rule.z_loss:  # its square may be infinite, of which no part is nan
+        loss += rule.z_loss * jnp.square(log_sum)
     # A factor and not a where: of a label out of range the gradient is nan as well.
     loss = loss * jnp.where(found > 0, 1, jnp.nan).astype(loss.dtype)
-    return jnp.where(keep, loss, 0)
+    return jnp.where(factors != 0, loss, 0)
 
 
 def _scan(
@@ -199,19 +201,19 @@ def _scan(
     W: Float[Array, "V n"],
     X: Float[Array, "t n"],
     labels: Int[Array, "t"],
-    keep: Bool[Array, "t"],
-    weights: Float[Array, "t"] | None,
+    factors: Float[Array, "t"],
+    cotangents: Float[Array, "t"] | None,
 ) -> tuple[Float[Array, "t"], Float[Array, ""], list[Array]]:
-    """Losses, the sum of squares of Y and, given weights, the gradients of the weighted loss.
+    """Losses, the sum of squares of Y and, given cotangents of the losses, the gradients.
 
-    They are those of W and X, in the dtype of sums; without weights the list is empty.
+    They are those of W and X, in the dtype of sums; without cotangents the list is empty.
     """
     acc = check.accumulator(W, X)
     t = X.shape[0]
     steps = max(1, -(-t // rule.chunk))
     size = -(-t // steps)  # equal chunks need the least padding
 
-    # A chunk is every steps-th token, so that each device holding tokens has its part of it.
+    # A chunk is every steps-th token, so that each device holding tokens has a share of it.
     def split(a: Array) -> Array:
         padded = jnp.pad(a, [(0, steps * size - t)] + [(0, 0)] * (a.ndim - 1))
         return padded.reshape(size, steps, *a.shape[1:]).swapaxes(0, 1)
@@ -220,17 +222,17 @@ def _scan(
         return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])[:t]
 
     def body(dW, tokens):
-        x, label, kept, weight = tokens
+        x, label, factor, cotangent = tokens
         Y = check.product(x, W, acc)
-        losses, pull = jax.vjp(lambda Y: _token_losses(Y, label, kept, rule), Y)
-        sums = losses, energy(Y, Y.dtype)  # Y = 0 where X was zeroed: only kept tokens count
-        if weight is None:
-            return None, (*sums, None)
-        G = pull(mesh.vary_as(weight, losses))[0].astype(rule.dtype)
-        return dW + check.product(G.T, x.T, acc), (*sums, check.product(G, W.T, acc))
+        losses, pull = jax.vjp(lambda Y: _token_losses(Y, label, factor, rule), Y)
+        found = losses, energy(Y, Y.dtype)  # Y = 0 where X was zeroed: only kept tokens count
+        if cotangent is None:
+            return None, (*found, None)
+        G = pull(vary_as(cotangent, losses))[0].astype(rule.dtype)
+        return dW + check.product(G.T, x.T, acc), (*found, check.product(G, W.T, acc))
 
-    dW = None if weights is None else mesh.vary_as(jnp.zeros_like(W, acc), W)
-    chunks = jax.tree.map(split, (X, labels, keep, weights))
+    dW = None if cotangents is None else vary_as(jnp.zeros_like(W, acc), W)
+    chunks = jax.tree.map(split, (X, labels, factors, cotangents))
     dW, (losses, y, dX) = jax.lax.scan(body, dW, chunks)
     losses, dX = jax.tree.map(join, (losses, dX))
     return losses, jnp.sum(y), jax.tree.leaves((dW, dX))
@@ -241,19 +243,19 @@ def _value(
     W: Float[Array, "V n"],
     X: Float[Array, "t n"],
     labels: Int[Array, "t"],
-    keep: Bool[Array, "t"],
+    factors: Float[Array, "t"],
 ) -> tuple[Float[Array, "*t"], Float[Array, ""]]:
-    losses, y, _ = _scan(rule, W, X, labels, keep, None)
+    losses, y, _ = _scan(rule, W, X, labels, factors, None)
+    losses = losses * factors
     return (jnp.sum(losses) if rule.pooled else losses), y
 
 
-def _forward(rule: _Rule, W: Array, X: Array, labels: Array, keep: Array):
+def _forward(rule: _Rule, W: Array, X: Array, labels: Array, factors: Array):
     if not rule.pooled:
-        return _value(rule, W, X, labels, keep), (W, X, labels, keep)
-    # Weights of 0 and 1: a small cotangent, 1/tokens say, would underflow fp16 in the products.
-    weights = keep.astype(check.accumulator(W, X))
-    losses, y, gradients = _scan(rule, W, X, labels, keep, weights)
-    return (jnp.sum(losses), y), gradients
+        return _value(rule, W, X, labels, factors), (W, X, labels, factors)
+    # Cotangents of order 1: small ones, 1/tokens say, would underflow fp16 in the products.
+    losses, y, gradients = _scan(rule, W, X, labels, factors, factors)
+    return (jnp.sum(losses * factors), y), (losses, *gradients)
 
 
 def _backward(rule: _Rule, residuals: Sequence[Array], cotangents: tuple[Array, Array]):
@@ -261,10 +263,11 @@ def _backward(rule: _Rule, residuals: Sequence[Array], cotangents: tuple[Array, 
     if rule.pooled:
         gradients = [g * a for a in residuals]
     else:
-        W, X, labels, keep = residuals
-        _, _, gradients = _scan(rule, W, X, labels, keep, g)
-    dW, dX = (a.astype(rule.dtype) for a in gradients)
-    return dW, dX, None, None
+        W, X, labels, factors = residuals
+        losses, _, gradients = _scan(rule, W, X, labels, factors, g * factors)
+        gradients = [g * losses, *gradients]
+    of_factors, dW, dX = gradients
+    return dW.astype(rule.dtype), dX.astype(rule.dtype), None, of_factors
 
 
 _losses = jax.custom_vjp(_value, nondiff_argnums=(0,))

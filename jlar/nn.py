@@ -7,18 +7,22 @@ import equinox as eqx
 from jaxtyping import PyTree
 
 from ._capture import capture
-from ._energies import Energies, energies
+from ._energies import energies
 from ._program import Where
 
+__all__ = ["with_lar"]
 
-class WithLAR(eqx.Module):
-    """What `with_lar` returns."""
 
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _WithLAR(eqx.Module):
     model: PyTree
     where: Where = eqx.field(static=True)
     measure: Callable[..., PyTree] = eqx.field(static=True)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Energies]]:
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, PyTree]]:
         """(what the model returns, {path: Energies} of its matrices)."""
         call = capture(_call, where=self.where, measure=self.measure)
         return call(self.model, *args, **kwargs)
@@ -30,22 +34,12 @@ def _call(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
 
 def with_lar(
     model: PyTree, where: Where = None, *, measure: Callable[..., PyTree] = energies
-) -> WithLAR:
+) -> _WithLAR:
     """The same model, whose call returns `(output, {path: Energies})`, by `jlar.capture`.
 
-    Parameters, gradients and output are the model's own; the energies are auxiliary.
-
-    Args:
-        model: any callable equinox Module.
-        where: what to measure, by path, as for `jlar.capture`. Default: every matrix.
-        measure: what to measure of it, as for `jlar.capture`.
-
-    Returns:
-        A Module with the model in its field `model`. Under `jax.vmap` over a batch the energies
-        come back stacked: pool them with `.sum()`.
-
-    Raises:
-        ValueError: in the call, at trace time, as `jlar.capture`.
+    Parameters, gradients and output are the model's own, a callable equinox Module in the field
+    `model`; `where`, `measure` and errors (in the call) are those of `jlar.capture`. Under
+    `jax.vmap` over a batch the energies come back stacked: pool them with `.sum()`.
 
     Example:
         >>> import equinox as eqx, jax, jlar
@@ -56,4 +50,4 @@ def with_lar(
         >>> print(out.shape, {path: f"{e.sum().lar:.2f}" for path, e in lars.items()})
         (100, 4) {'layers.1.weight': '0.57'}
     """
-    return WithLAR(model, where, measure)
+    return _WithLAR(model, where, measure)
