@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jlar
 
-from .. import records
+from .. import logs, records
 from ..checkpoint import Checkpoints, Foreign
 from ..monitoring import live
 from ..progress import Steps, say
@@ -324,9 +324,9 @@ def check(config: PretrainConfig, tokens: Path) -> None:
 def baseline(folder: Path) -> jlar.Baseline:
     """The run in a folder as a baseline; `Refused` if there is none to compare with."""
     try:
-        return jlar.Baseline.from_jsonl(folder / "metrics.jsonl")
-    except (OSError, ValueError) as error:
-        raise Refused(f"baseline {folder} holds no record of a run with LAR: {error}") from error
+        return logs.baseline(folder)
+    except (OSError, logs.Unusable) as error:
+        raise Refused(f"there is no run to compare with: {error}") from error
 
 
 def tokens(config: PretrainConfig, root: Path) -> Path:
