@@ -1,0 +1,56 @@
+"""One LAR and one loss for each step: restarts, several rows of a step, and rows in no order."""
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from .table import Unusable
+
+
+def in_order(
+    step: Float[np.ndarray, "rows"],
+) -> tuple[Int[np.ndarray, "kept"], str | None]:
+    """The rows that count, by increasing step, and what was done to the others.
+
+    A log that goes back to a step was restarted there: rows from that step on that were written
+    before are those of the abandoned branch, as in TensorBoard. One that goes back all the time is
+    in no order, and every row counts.
+    """
+    order = np.arange(len(step))
+    starts = np.flatnonzero(np.diff(step, prepend=np.nan) != 0)  # of rows with one step
+    passes = step[starts]
+    back = np.flatnonzero(np.diff(passes) < 0) + 1
+    if not len(back):
+        return order, None
+    if 4 * len(back) > len(passes) and len(passes) > 3:
+        return np.argsort(step, kind="stable"), "the rows are in no order of steps: sorted"
+    later = np.minimum.accumulate(passes[::-1])[::-1]  # the least step from here on
+    keep = np.append(passes[:-1] < later[1:], True)
+    rows = order[np.repeat(keep, np.diff(starts, append=len(step)))]
+    times = "once" if len(back) == 1 else f"{len(back)} times"
+    return rows, (
+        f"the log goes back {times}, at last to step {passes[back[-1]]:.12g}: "
+        f"{len(step) - len(rows)} rows that were written before are left out"
+    )
+
+
+def means(
+    step: Float[np.ndarray, "rows"], values: Float[np.ndarray, "rows"]
+) -> tuple[Float[np.ndarray, "steps"], Float[np.ndarray, "steps"]]:
+    """The steps that have a value, increasing, and the mean of their values."""
+    there = np.isfinite(values)
+    steps, at = np.unique(step[there], return_inverse=True)
+    return steps, np.bincount(at, values[there], len(steps)) / np.bincount(at, None, len(steps))
+
+
+def check_epochs(
+    step: Float[np.ndarray, "rows"], epoch: Float[np.ndarray, "rows"], names: tuple[str, str]
+) -> None:
+    """Raises:
+    Unusable: the step begins again with every epoch, so it is none of the run.
+    """
+    back = np.flatnonzero(np.diff(step) < 0)
+    if len(back) and (epoch[back + 1] > epoch[back]).all():
+        raise Unusable(
+            f"column {names[0]!r} begins again with each {names[1]!r}: "
+            "name a step that goes on by --step-column"
+        )
