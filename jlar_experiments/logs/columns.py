@@ -91,12 +91,11 @@ def _alignments(names: Iterable[str]) -> list[str]:
 
 
 def alignment(table: Table) -> str:
-    """LAR: the column that is called so with the fewest other words; else a single `value`."""
+    """LAR: a column that is called so and no more, or whose last part is; else a single `value`."""
 
     def rank(name: str) -> tuple[int, ...]:
-        there = words(name)
-        other = [word for word in there if word not in TRAINING]
-        return len(HELD_OUT & set(there)), len(other), len(there)
+        there = set(words(name))
+        return len(HELD_OUT & there), len(there - TRAINING) > 1, last(name) not in LAR
 
     found = _best(_alignments(table.columns), rank, "--lar-column")
     values = [name for name in table.columns if last(name) in VALUES]

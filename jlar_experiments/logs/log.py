@@ -99,7 +99,7 @@ def _log(
         column = table.columns[columns.named(name, table)]
         values, strange = column.numbers(table.rows, commas or None)
         if say and (count := sum(use[row] for row in strange)):
-            notes.append(f"{count} cells of {name!r} are no number and count as empty")
+            notes.append(f"cells of {name!r} that are no number and count as empty: {count}")
         return np.where(use, values, np.nan)
 
     lar = numbers(lar_name, say=True)
@@ -112,17 +112,19 @@ def _log(
     loss = numbers(loss_name, say=True) if loss_name else np.full(table.rows, np.nan)
     n, n_from = _width(table, numbers, lar)
     for what, count in (
-        (f"rows have no number in {lar_name!r}", (use & ~there).sum()),
-        (f"cells of {lar_name!r} are nan or infinite", np.isinf(lar).sum()),
-        (f"rows with a LAR have no step in {step_name!r}", (there & ~np.isfinite(step)).sum()),
+        (f"rows without a number in {lar_name!r}", (use & ~there).sum() * (not pivoted)),
+        (f"cells of {lar_name!r} that are nan or infinite", np.isinf(lar).sum()),
+        (f"rows with a LAR and no step in {step_name!r}", (there & ~np.isfinite(step)).sum()),
     ):
         if count:
-            notes.append(f"{count} {what}")
+            notes.append(f"{what}: {count}")
     epoch = next((e for e in table.columns if columns.last(e) == "epoch" and e != step_name), None)
     if epoch and not pivoted:
         rows = np.isfinite(step) & there
         series.check_epochs(step[rows], numbers(epoch)[rows], (step_name, epoch))
-    steps, lars, losses = _by_step(step, lar, loss, pivoted, notes)
+    steps, lars, losses = series.by_step(step, lar, loss, pivoted, notes)
+    if not len(steps):
+        raise Unusable(f"has no row with both a step in {step_name!r} and a LAR in {lar_name!r}")
     said = f"training loss {loss_name!r}" if loss_name else "no training loss"
     first = (
         f"read as {table.kind}: step {step_name!r}, LAR {lar_name!r}, {said}{n_from}; "
@@ -140,7 +142,7 @@ def _chosen(table: Table, only: Sequence[tuple[str, str]]) -> Bool[np.ndarray, "
             same.add(f"{float(value):.12g}")
         use &= np.array([text in same for text in texts], bool)
         if not use.any():
-            raise Unusable(f"no row has {name!r} = {value!r}")
+            raise Unusable(f"has no row with {name!r} = {value!r}")
     return use
 
 
@@ -156,19 +158,19 @@ def _check(
     if len(strange) > (len(there) + len(strange)) / 10:
         row, cell = next(iter(strange.items()))
         raise Unusable(
-            f"{len(strange)} of {len(there) + len(strange)} cells of {name!r} are no number, "
-            f"the first in row {row + 1}: {cell[:40]!r}"
+            f"has {len(strange)} of {len(there) + len(strange)} cells of {name!r} that are no "
+            f"number, the first in row {row + 1}: {cell[:40]!r}"
         )
     if not len(there):
-        raise Unusable(f"column {name!r} holds no number")
+        raise Unusable(f"has no number in column {name!r}")
     most = there[np.argmax(lar[there])]
     if lar[most] > 1 + ROUNDING:
         raise Unusable(
-            f"column {name!r} holds {lar[most]:.6g} in row {most + 1}, and LAR is at most 1: "
+            f"has {lar[most]:.6g} in row {most + 1} of column {name!r}, and LAR is at most 1: "
             "name its column by --lar-column"
         )
     if not lar[there].any():
-        raise Unusable(f"column {name!r} is zero throughout: name that of LAR by --lar-column")
+        raise Unusable(f"has zeros only in column {name!r}: name that of LAR by --lar-column")
 
 
 def _width(
@@ -192,33 +194,6 @@ def _width(
             if len(found) and np.ptp(found) < 0.05 * np.median(found):
                 return round(float(np.median(found))), f", n from {name!r}"
     return None, ""
-
-
-def _by_step(
-    step: Float[np.ndarray, "rows"],
-    lar: Float[np.ndarray, "rows"],
-    loss: Float[np.ndarray, "rows"],
-    apart: bool,
-    notes: list[str],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps with their LAR and the last loss; `apart`: rows of LAR and of loss are in no order."""
-
-    def kept(use: Bool[np.ndarray, "rows"]) -> np.ndarray:
-        rows = np.flatnonzero(use & np.isfinite(step))
-        order, note = series.in_order(step[rows])
-        if note and note not in notes:
-            notes.append(note)
-        return rows[order]
-
-    with_lar, with_loss = np.isfinite(lar), np.isfinite(loss)
-    rows = kept(with_lar if apart else with_lar | with_loss)
-    of_loss = kept(with_loss) if apart else rows
-    steps, lars = series.means(step[rows], lar[rows])
-    if len(steps) < (count := int(with_lar[rows].sum())):
-        notes.append(f"{count} rows with a LAR have {len(steps)} different steps: averaged")
-    at, losses = series.means(step[of_loss], loss[of_loss])
-    last = np.searchsorted(at, steps, "right")
-    return steps, lars, np.append(np.nan, losses)[last]
 
 
 def baseline(path: Path | str, **options: Any) -> jlar.Baseline:

@@ -1,7 +1,7 @@
 """One LAR and one loss for each step: restarts, several rows of a step, and rows in no order."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from .table import Unusable
 
@@ -28,8 +28,8 @@ def in_order(
     rows = order[np.repeat(keep, np.diff(starts, append=len(step)))]
     times = "once" if len(back) == 1 else f"{len(back)} times"
     return rows, (
-        f"the log goes back {times}, at last to step {passes[back[-1]]:.12g}: "
-        f"{len(step) - len(rows)} rows that were written before are left out"
+        f"the log goes back {times}, at last to step {passes[back[-1]]:.12g}; rows from there on "
+        f"that were written before, left out: {len(step) - len(rows)}"
     )
 
 
@@ -42,6 +42,33 @@ def means(
     return steps, np.bincount(at, values[there], len(steps)) / np.bincount(at, None, len(steps))
 
 
+def by_step(
+    step: Float[np.ndarray, "rows"],
+    lar: Float[np.ndarray, "rows"],
+    loss: Float[np.ndarray, "rows"],
+    apart: bool,
+    notes: list[str],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps with their LAR and the last loss; `apart`: rows of LAR and of loss are in no order."""
+
+    def kept(use: Bool[np.ndarray, "rows"]) -> np.ndarray:
+        rows = np.flatnonzero(use & np.isfinite(step))
+        order, note = in_order(step[rows])
+        if note and note not in notes:
+            notes.append(note)
+        return rows[order]
+
+    with_lar, with_loss = np.isfinite(lar), np.isfinite(loss)
+    rows = kept(with_lar if apart else with_lar | with_loss)
+    of_loss = kept(with_loss) if apart else rows
+    steps, lars = means(step[rows], lar[rows])
+    if len(steps) < (count := int(with_lar[rows].sum())):
+        notes.append(f"rows with a LAR {count}, different steps {len(steps)}: averaged")
+    at, losses = means(step[of_loss], loss[of_loss])
+    last = np.searchsorted(at, steps, "right")
+    return steps, lars, np.append(np.nan, losses)[last]
+
+
 def check_epochs(
     step: Float[np.ndarray, "rows"], epoch: Float[np.ndarray, "rows"], names: tuple[str, str]
 ) -> None:
@@ -51,6 +78,6 @@ def check_epochs(
     back = np.flatnonzero(np.diff(step) < 0)
     if len(back) and (epoch[back + 1] > epoch[back]).all():
         raise Unusable(
-            f"column {names[0]!r} begins again with each {names[1]!r}: "
+            f"has a column {names[0]!r} that begins again with each {names[1]!r}: "
             "name a step that goes on by --step-column"
         )

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress, islice
 from typing import Any
 
@@ -140,7 +140,7 @@ class Table:
         self.columns: dict[str, Column] = {}
         self.notes: list[str] = []
 
-    def add(self, cells: dict[str, Sequence[Any]], count: int) -> None:
+    def add(self, cells: Mapping[str, Sequence[Any]], count: int) -> None:
         """The next rows, column by column."""
         for name, each in cells.items():
             self.columns.setdefault(name, Column()).add(range(self.rows, self.rows + count), each)
@@ -150,6 +150,11 @@ class Table:
         """The next rows, each with the names it has; returns the table."""
         rows = iter(rows)
         while chunk := list(islice(rows, CHUNK)):
+            names = list(chunk[0])
+            if all(list(row) == names for row in chunk):
+                columns = zip(*map(dict.values, chunk), strict=True)
+                self.add(dict(zip(names, columns, strict=True)), len(chunk))
+                continue
             found = defaultdict(lambda: ([], []))
             for at, row in enumerate(chunk, self.rows):
                 for name, cell in row.items():

@@ -4,10 +4,14 @@ import gzip
 import io
 import json
 import math
+import pathlib
 import sys
+import tempfile
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jlar_experiments import logs
 
@@ -76,6 +80,10 @@ EQUALS = "".join(
 PRINTED = "start\n" + "".join(
     str({"loss": r["train_loss"], "lar": r["lar"], "step": r["step"]}) + "\n" for r in ROWS
 )
+TQDM = "\r".join(
+    f"train: 5%|█  | {r['step']}/9000 [00:01<1:00, 9.0it/s, loss={r['train_loss']}, lar={r['lar']}]"
+    for r in ROWS
+)
 FORMS = {
     "csv": csv(),
     "semicolons": csv(delimiter=";"),
@@ -89,7 +97,7 @@ FORMS = {
     "no last newline": csv()[:-1],
     "comments": "# made by me\n" + csv().replace("\n50,", "\n# restarted\n\n50,"),
     "comment as header": "# " + csv(),
-    "row names": csv().replace("\n", "\n7,", 20),
+    "Excel's first line": "sep=,\n" + csv(),
     "header again": csv() + csv().splitlines()[0] + "\n",
     "quoted": csv(names=['"step"', '"lar"', '"train_loss"']),
     "newlines in quotes": "\n".join(['step,"a ""note""",lar,train_loss', *QUOTED]) + "\n",
@@ -113,7 +121,11 @@ FORMS = {
     "megatron": MEGATRON,
     "nanogpt": PLAIN,
     "equals": EQUALS,
+    "objects in lines": "".join(
+        f"INFO | {json.dumps({name: str(cell) for name, cell in row.items()})}\n" for row in ROWS
+    ),
     "printed dicts": PRINTED,
+    "tqdm": TQDM,
     "long table": "run,tag,step,value\n"
     + "".join(f"a,{tag},{r['step']},{r[tag]}\n" for tag in ("lar", "train_loss") for r in ROWS),
 }
@@ -242,6 +254,7 @@ CHOICES = {
     "W&B's export": {"Step": STEPS, "a - lar": LARS, "a - lar__MIN": 0, "a - lar__MAX": 0},
     "TensorBoard's export": {"Wall time": 0, "Step": STEPS, "Value": LARS},
     "training before validation": {"step": STEPS, "val/lar": 0, "train/lar": LARS},
+    "last part": {"step": STEPS, "metrics.lar": LARS, "metrics.lar_max": 0},
     "epoch last": {"epoch": 0, "iteration": STEPS, "metrics.lar": LARS},
     "camel case": {"globalStep": STEPS, "trainLar": LARS, "valLoss": 0, "trainLoss": LOSSES},
 }
@@ -313,6 +326,12 @@ REFUSED = {
     "not there": (csv(), {"lar": "LAR"}, ["no column 'LAR'", "'step', 'lar'"]),
     "two of one name": (TWO_NAMES, {}, ["--lar-column", "'lar#1'", "'lar#2'"]),
     "two layers": ("step,lar/a,lar/b\n1,0.5,0.6\n", {}, ["--lar-column", "'lar/a'", "'lar/b'"]),
+    "layers beside the last": (
+        "step,lar/layers.0,lar/unembed\n1,0.5,0.6\n",
+        {},
+        ["'lar/layers.0', 'lar/unembed'"],
+    ),
+    "unquoted commas": ("step,lar,note\n1,.5,a, b\n2,.5,a, b\n", {}, ["2 of 2", "quote"]),
     "two losses": (
         "step,lar,train/loss,train.loss\n1,0.5,2,3\n",
         {},
@@ -335,7 +354,7 @@ REFUSED = {
     "picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", {}, ["binary"]),
     "database": (b"SQLite format 3\0" + b"\0" * 80, {}, ["SQLite"]),
     "spreadsheet": (b"PK\3\4" + b"\0" * 80, {}, ["zip"]),
-    "no such value": (csv(), {"only": [("step", "7")]}, ["no row", "'step' = '7'"]),
+    "no such value": (csv(), {"only": [("step", "7")]}, ["no row with 'step' = '7'"]),
     "no such filter": (csv(), {"only": [("seed", "7")]}, ["no column 'seed'"]),
     "a bad pattern": (csv(), {"pattern": "("}, ["--pattern"]),
     "a pattern without names": (csv(), {"pattern": "a"}, ["--pattern", "(?P<lar>"]),
@@ -384,14 +403,14 @@ def test_what_is_no_number_elsewhere_drops_no_lar(cell, read):
     if cell != "50/10000":
         assert log.loss[1] == LOSSES[0]  # the last that was logged
     if cell == "?":
-        assert any("10 cells of 'train_loss'" in note for note in log.notes)
+        assert any("'train_loss'" in note and note.endswith(": 10") for note in log.notes)
 
 
 @pytest.mark.parametrize("cell", ["NA", "None", "-", "nan", "inf", "x"])
 def test_rows_without_a_lar_are_left_out_and_said(cell, read):
     log = read(csv([r | {"lar": cell} if r["step"] == 50 else r for r in ROWS]))
     assert 50 not in log.step and len(log.step) == 19
-    assert any("1 " in note and "'lar'" in note for note in log.notes[1:]), log.notes
+    assert any("'lar'" in note and note.endswith(": 1") for note in log.notes[1:]), log.notes
 
 
 def test_numbers_as_people_write_them(read):
@@ -426,7 +445,9 @@ def test_a_torn_file(read, tmp_path):
     torn = read(gzip.compress(csv().encode() * 1)[:-30])
     assert 0 < len(torn.step) < 20 and any("torn" in note for note in torn.notes)
     log = read(jsonl() + '{"step": 210, "la\n[1]\n{"step": 220, "lar": 0.6}\n')
-    assert log.step.tolist() == [*STEPS, 220] and any("2 lines" in note for note in log.notes)
+    assert log.step.tolist() == [*STEPS, 220] and any(
+        "object, left out: 2" in note for note in log.notes
+    )
     assert read(csv() + "2", growing=True).step.tolist() == STEPS
     assert len(read(json.dumps(ROWS, indent=1)[:-40]).step) == 19
 
@@ -442,7 +463,7 @@ def test_restarts(read):
     log = read(series([10, 20, 30, 40, 50, 25, 35, 45], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]))
     assert log.step.tolist() == [10, 20, 25, 35, 45]
     assert log.lar.tolist() == [0.1, 0.2, 0.6, 0.7, 0.8]
-    assert any("3 rows" in note and "25" in note for note in log.notes), log.notes
+    assert any("left out: 3" in note and "step 25" in note for note in log.notes), log.notes
     again = STEPS[:15] + STEPS[9:]
     log = read(series(again, [0.3] * 15 + [0.6] * 11))
     assert log.step.tolist() == STEPS and log.lar.tolist() == [0.3] * 9 + [0.6] * 11
@@ -476,3 +497,70 @@ def test_a_baseline_is_read_by_the_same_reader(tmp_path):
     refused(lambda: logs.baseline(both), "seeds.csv", "--only seed=0")
     point = written(tmp_path, "step,lar\n1,.5\n", "point.csv")
     refused(lambda: logs.baseline(point), "point.csv", "two or more different steps")
+
+
+PIECES = ["step", "lar", "loss", "_step", "value", "tag", "run", "seed", "epoch", "n", "k",
+          "a - lar", "0.5", "1", "2", "10", "-1", "1e999", "nan", "1,000", "0,5", "50/100", "None",
+          ",", ";", "\t", "|", " ", ": ", "=", '"', "'", "\n", "\r\n", "\r", "#", "{", "}", "[",
+          "]", '"lar":', '"step":', "\u2028", "\x1b[31m", "\0", "\x85", "é", "x" * 300, "\ud800",
+          "9" * 400]  # fmt: skip
+TORN = [content if isinstance(content, bytes) else content.encode() for content in FORMS.values()]
+
+
+@st.composite
+def damaged(draw):
+    """A log of some form with parts left out, repeated and put in."""
+    content = bytearray(draw(st.sampled_from(TORN)))
+    for _ in range(draw(st.integers(0, 6))):
+        start, size = draw(st.integers(0, len(content))), draw(st.integers(0, 40))
+        piece = draw(st.sampled_from([*PIECES, ""])).encode(errors="surrogatepass")
+        content[start : start + size] = piece * draw(st.integers(1, 3))
+    return bytes(content)
+
+
+texts = st.tuples(
+    st.sampled_from(
+        ["", "step,lar\n", "run,tag,step,value\n", "epoch;step;lar;loss\n", '{"lar": ']
+    ),
+    st.lists(st.sampled_from(PIECES), max_size=60),
+).map(lambda parts: (parts[0] + "".join(parts[1])).encode(errors="surrogatepass"))
+objects = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.sampled_from(PIECES[:-2]),
+    lambda inner: (
+        st.lists(inner, max_size=5)
+        | st.dictionaries(st.sampled_from(PIECES[:12]), inner, max_size=6)
+    ),
+    max_leaves=30,
+).map(lambda value: json.dumps(value).encode())
+starts = st.sampled_from(
+    [b"PAR1", b"\x1f\x8b", b"\x18" + b"\0" * 24 + b"brain.Event:2", b"\xff\xfe"]
+)
+binary = st.tuples(starts, st.binary(max_size=200)).map(b"".join)
+
+
+options = st.fixed_dictionaries(
+    {"growing": st.booleans()},
+    optional={
+        "step": st.sampled_from(["step", "lar", "note"]),
+        "lar": st.sampled_from(["lar", "value", "train_loss"]),
+        "loss": st.sampled_from(["train_loss", "step"]),
+        "only": st.lists(st.sampled_from([("step", "10"), ("tag", "lar"), ("run", "a")])),
+        "pattern": st.sampled_from([r"(?P<step>\d+).*?(?P<lar>[\d.]+)"]),
+    },
+)
+
+
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(damaged() | texts | objects | binary | st.binary(max_size=300), st.just({}) | options)
+def test_any_input_is_read_or_refused_in_one_line(content, options):
+    with tempfile.TemporaryDirectory() as folder:
+        path = written(pathlib.Path(folder), content)
+        try:
+            log = logs.read(path, **options)
+        except logs.Unusable as error:
+            assert str(error).isprintable()
+            return
+    assert len(log.step) == len(log.lar) == len(log.loss) > 0
+    assert (np.diff(log.step) > 0).all() and np.isfinite(log.step).all()
+    assert np.isfinite(log.lar).all() and log.lar.max() < 1.01 and not np.isinf(log.loss).any()
+    assert all(map(str.isprintable, log.notes))

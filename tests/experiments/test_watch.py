@@ -167,7 +167,7 @@ BAD = [
     (["{log}", "--n", "abc"], "--n"),
     (["{log}", "--only", "seed"], "COLUMN=VALUE"),
     (["{log}", "--only", "seed=1"], "has no column 'seed'"),
-    (["{log}", "--only", "step=7"], "no row has 'step'"),
+    (["{log}", "--only", "step=7"], "no row with 'step'"),
     (["{empty}"], "holds no rows"),
     (["{other}"], "has no column 'lar'; it has 'step', 'accuracy': name it by --lar-column"),
     (["{two}"], "several columns for --lar-column: 'a - lar', 'b - lar'"),
