@@ -54,7 +54,7 @@ def unpivoted(table: Table, lar: str | None) -> bool:
     values = [name for name in table.columns if last(name) in VALUES]
     if len(values) != 1 or not tags or lar in table.columns or _alignments(table.columns):
         return False
-    texts = np.array(table.columns[tags[0]].texts(table.rows), object)
+    texts = np.array(table.texts(tags[0]), object)
     names = sorted({text for text in texts.tolist() if text})
     if len(names) == 1 and not _alignments(names) and lar is None:
         return False
@@ -62,13 +62,6 @@ def unpivoted(table: Table, lar: str | None) -> bool:
     for name in names:
         table.columns[name] = value.part(texts == name)
     return True
-
-
-def named(name: str, table: Table) -> str:
-    """This name, if the table has it."""
-    if name not in table.columns:
-        raise Unusable(f"has no column {name!r}; it has {listed(table.columns)}")
-    return name
 
 
 def _missing(what: str, option: str, table: Table) -> Unusable:
@@ -115,7 +108,7 @@ def steps(table: Table, lar: str, there: Bool[np.ndarray, "rows"]) -> str:
         numbers = {}
         for name in names:
             if last(name) == wanted:
-                values = table.columns[name].numbers(table.rows)[0][there]
+                values = table.numbers(name)[there]
                 if np.isfinite(values).mean() >= 0.5:
                     numbers[name] = values
         first = next(iter(numbers.values()), None)
@@ -126,16 +119,14 @@ def steps(table: Table, lar: str, there: Bool[np.ndarray, "rows"]) -> str:
     raise _missing("step", "--step-column", table)
 
 
-def losses(
-    table: Table, lar: str, numbers: Callable[[str], Float[np.ndarray, "rows"]]
-) -> str | None:
+def losses(table: Table, lar: str) -> str | None:
     """The training loss of the run that LAR is of, if there is one that is logged all along."""
     run, count = _run(lar), {}
     for name in table.columns:
         there, end = set(words(name)), set(words(last(name)))
         if there & LOSSES and end <= BESIDE_LOSS and not there & HELD_OUT:
             if _run(name) in (run, "") or not run:
-                count[name] = int(np.isfinite(numbers(name)).sum())
+                count[name] = int(np.isfinite(table.numbers(name)).sum())
     most = max(count.values(), default=0)
     return _best(
         (name for name in count if count[name] > most / 2),
@@ -151,7 +142,7 @@ def one_run(table: Table, there: Bool[np.ndarray, "rows"], apart: tuple[str, ...
     for name in table.columns:
         if last(name) not in (*RUNS, *SPLITS, *apart):
             continue
-        texts = table.columns[name].texts(table.rows)
+        texts = table.texts(name)
         found = sorted({text for text, use in zip(texts, there, strict=True) if use and text})
         if last(name) in SPLITS and not HELD_OUT & {word for text in found for word in words(text)}:
             continue
@@ -160,3 +151,22 @@ def one_run(table: Table, there: Bool[np.ndarray, "rows"], apart: tuple[str, ...
                 f"holds {len(found)} different values of {name!r}, {listed(found)}: "
                 f"choose one with --only {name}={found[0]}"
             )
+
+
+def width(table: Table, lar: Float[np.ndarray, "rows"]) -> tuple[int | None, str]:
+    """The base of the logarithm and the column that tells it; None where that is not one number.
+
+    Either it is logged itself, or with LAR the effective dimension k = n^(2 (1 - LAR)) is.
+    """
+    for name in table.columns:
+        if last(name) in (*WIDTHS, *DIMENSIONS):
+            found = table.numbers(name)
+            if last(name) in DIMENSIONS:
+                with np.errstate(all="ignore"):
+                    found = np.exp(np.log(found) / (2 * (1 - lar)))
+                    found = found[np.abs(lar - 1) > 0.05]
+            found = found[np.isfinite(found)]
+            middle = np.median(found) if len(found) else 0
+            if 2 <= middle < 2**31 and np.ptp(found) < 0.05 * middle:
+                return round(float(middle)), name
+    return None, ""

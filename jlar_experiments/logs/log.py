@@ -1,13 +1,13 @@
 """`read`: from a path to the steps, LARs and losses of one run, and what was left out and why."""
 
 import contextlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 import jlar
 
@@ -85,81 +85,65 @@ def _log(
     only: Sequence[tuple[str, str]],
     optional: Collection[str],
 ) -> Log:
-    pivoted = columns.unpivoted(table, wanted["lar"])
-    for what in optional:
-        if what in wanted and wanted[what] not in table.columns:
-            wanted[what] = None
-    if "only" in optional:
-        only = [(name, value) for name, value in only if name in table.columns]
-    use, notes = _chosen(table, only), list(table.notes)
-    lar_name = columns.named(wanted["lar"] or columns.alignment(table), table)
-    commas = table.columns[lar_name].decimal_comma
-
-    def numbers(name: str, *, say: bool = False) -> Float[np.ndarray, "rows"]:
-        column = table.columns[columns.named(name, table)]
-        values, strange = column.numbers(table.rows, commas or None)
-        if say and (count := sum(use[row] for row in strange)):
-            notes.append(f"cells of {name!r} that are no number and count as empty: {count}")
-        return np.where(use, values, np.nan)
-
-    lar = numbers(lar_name, say=True)
-    _check(table, lar_name, lar, use)
+    apart = columns.unpivoted(table, wanted["lar"])
+    wanted = {
+        what: None if what in optional and name not in table.columns else name
+        for what, name in wanted.items()
+    }
+    for name, value in only:
+        if name in table.columns or "only" not in optional:
+            _keep_only(table, name, value)
+    lar_name = wanted["lar"] or columns.alignment(table)
+    table.decimal_comma = table.named(lar_name).decimal_comma
+    lar = _lars(table, lar_name, apart)
     there = np.isfinite(lar)
-    columns.one_run(table, there, () if pivoted else columns.TAGS)
+    columns.one_run(table, there, () if apart else columns.TAGS)
     step_name = wanted["step"] or columns.steps(table, lar_name, there)
-    step = table.columns[columns.named(step_name, table)].numbers(table.rows)[0]
-    loss_name = wanted["loss"] or columns.losses(table, lar_name, numbers)
-    loss = numbers(loss_name, say=True) if loss_name else np.full(table.rows, np.nan)
-    n, n_from = _width(table, numbers, lar)
-    for what, count in (
-        (f"rows without a number in {lar_name!r}", (use & ~there).sum() * (not pivoted)),
-        (f"cells of {lar_name!r} that are nan or infinite", np.isinf(lar).sum()),
-        (f"rows with a LAR and no step in {step_name!r}", (there & ~np.isfinite(step)).sum()),
-    ):
-        if count:
-            notes.append(f"{what}: {count}")
+    step = table.numbers(step_name)
+    if count := int((there & ~np.isfinite(step)).sum()):
+        table.notes.append(f"rows with a LAR and no step in {step_name!r}: {count}")
     epoch = next((e for e in table.columns if columns.last(e) == "epoch" and e != step_name), None)
-    if epoch and not pivoted:
+    if epoch and not apart:
         rows = np.isfinite(step) & there
-        series.check_epochs(step[rows], numbers(epoch)[rows], (step_name, epoch))
-    steps, lars, losses = series.by_step(step, lar, loss, pivoted, notes)
+        series.check_epochs(step[rows], table.numbers(epoch)[rows], (step_name, epoch))
+    loss_name, loss = wanted["loss"] or columns.losses(table, lar_name), np.full(len(lar), np.nan)
+    if loss_name:
+        loss, strange = table.read(loss_name)
+        if strange:
+            table.notes.append(f"cells of {loss_name!r} that are no number: {len(strange)}")
+    n, n_name = columns.width(table, lar)
+    steps, lars, losses = series.by_step(step, lar, loss, apart, table.notes)
     if not len(steps):
         raise Unusable(f"has no row with both a step in {step_name!r} and a LAR in {lar_name!r}")
     said = f"training loss {loss_name!r}" if loss_name else "no training loss"
-    first = (
-        f"read as {table.kind}: step {step_name!r}, LAR {lar_name!r}, {said}{n_from}; "
-        f"{len(steps)} rows"
-    )
-    return Log(steps, lars, losses, n, (first, *notes))
+    said += f", n from {n_name!r}" if n else ""
+    said = f"step {step_name!r}, LAR {lar_name!r}, {said}; {len(steps)} rows"
+    return Log(steps, lars, losses, n, (f"read as {table.kind}: {said}", *table.notes))
 
 
-def _chosen(table: Table, only: Sequence[tuple[str, str]]) -> Bool[np.ndarray, "rows"]:
-    use = np.ones(table.rows, bool)
-    for name, value in only:
-        texts = table.columns[columns.named(name, table)].texts(table.rows)
-        same = {value}
-        with contextlib.suppress(ValueError):
-            same.add(f"{float(value):.12g}")
-        use &= np.array([text in same for text in texts], bool)
-        if not use.any():
-            raise Unusable(f"has no row with {name!r} = {value!r}")
-    return use
+def _keep_only(table: Table, name: str, value: str) -> None:
+    same = {value}
+    with contextlib.suppress(ValueError):
+        same.add(f"{float(value):.12g}")
+    use = np.array([text in same for text in table.texts(name)], bool)
+    table.use = use if table.use is None else use & table.use
+    if not table.use.any():
+        raise Unusable(f"has no row with {name!r} = {value!r}")
 
 
-def _check(
-    table: Table, name: str, lar: Float[np.ndarray, "rows"], use: Bool[np.ndarray, "rows"]
-) -> None:
-    """Raises:
-    Unusable: these cannot be LARs, or too many of them cannot be read.
+def _lars(table: Table, name: str, apart: bool) -> Float[np.ndarray, "rows"]:
+    """The numbers in the column of LAR.
+
+    Raises:
+        Unusable: these cannot be LARs, or too many of the cells cannot be read.
     """
-    strange = table.columns[name].numbers(table.rows)[1]
-    strange = {row: str(cell) for row, cell in strange.items() if use[row]}
+    lar, strange = table.read(name)
     there = np.flatnonzero(np.isfinite(lar))
     if len(strange) > (len(there) + len(strange)) / 10:
         row, cell = next(iter(strange.items()))
         raise Unusable(
             f"has {len(strange)} of {len(there) + len(strange)} cells of {name!r} that are no "
-            f"number, the first in row {row + 1}: {cell[:40]!r}"
+            f"number, the first in row {row + 1}: {str(cell)[:40]!r}"
         )
     if not len(there):
         raise Unusable(f"has no number in column {name!r}")
@@ -171,29 +155,18 @@ def _check(
         )
     if not lar[there].any():
         raise Unusable(f"has zeros only in column {name!r}: name that of LAR by --lar-column")
-
-
-def _width(
-    table: Table,
-    numbers: Callable[[str], Float[np.ndarray, "rows"]],
-    lar: Float[np.ndarray, "rows"],
-) -> tuple[int | None, str]:
-    """The base of the logarithm and where it is from; None where that is not one number."""
-    for name in table.columns:
-        if columns.last(name) in columns.WIDTHS:
-            found = numbers(name)
-            found = np.unique(found[np.isfinite(found)])
-            if len(found) == 1 and found[0] >= 2 and found[0] % 1 == 0:
-                return int(found[0]), f", n {name!r}"
-    for name in table.columns:
-        if columns.last(name) in columns.DIMENSIONS:
-            k = numbers(name)
-            use = np.isfinite(k) & (k > 1) & np.isfinite(lar) & (np.abs(lar - 1) > 0.05)
-            with np.errstate(over="ignore"):
-                found = np.exp(np.log(k[use]) / (2 * (1 - lar[use])))
-            if len(found) and np.ptp(found) < 0.05 * np.median(found):
-                return round(float(np.median(found))), f", n from {name!r}"
-    return None, ""
+    asked = table.rows if table.use is None else int(table.use.sum())
+    for what, count in (
+        ("that are nan or infinite", int(np.isinf(lar).sum())),
+        ("that are no number", len(strange)),
+        (
+            "that are empty",
+            0 if apart else asked - int(np.isinf(lar).sum()) - len(there) - len(strange),
+        ),
+    ):
+        if count:
+            table.notes.append(f"cells of {name!r} {what}, left out: {count}")
+    return lar
 
 
 def baseline(path: Path | str, **options: Any) -> jlar.Baseline:

@@ -133,8 +133,7 @@ def _events(contents: Iterable[bytes]) -> Table:
     found = Table("TensorBoard events")
 
     def rows(data: bytes) -> Iterator[dict[str, Any]]:
-        """One row for scalars of one step that follow each other."""
-        at, row = 0, {}
+        at = 0
         while size := int.from_bytes(data[at : at + 8], "little"):
             record = data[at + 12 : at + 12 + size]  # between checksums of four bytes
             at += 16 + size
@@ -144,16 +143,10 @@ def _events(contents: Iterable[bytes]) -> Table:
                 event = None
             if event is None:
                 found.notes.append("an event file is torn: what follows is not read")
-                break
-            scalars = {value.tag: _scalar(value) for value in event.summary.value}
-            scalars = {tag: scalar for tag, scalar in scalars.items() if scalar is not None}
-            if row and (row["step"] != event.step or scalars.keys() & row.keys()):
-                yield row
-                row = {}
-            if scalars:
-                row |= scalars | {"step": event.step}
-        if row:
-            yield row
+                return
+            for value in event.summary.value:
+                if (scalar := _scalar(value)) is not None:
+                    yield {value.tag: scalar, "step": event.step}
 
     for data in contents:
         found.add_rows(rows(data))

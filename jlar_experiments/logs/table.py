@@ -12,11 +12,9 @@ from jaxtyping import Bool, Float
 CHUNK = 20_000  # rows that are put into columns at once
 MISSING = {"", "na", "n/a", "#n/a", "<na>", "none", "null", "nil", "-", "--"}
 THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
-DECIMALS = re.compile(r"\s*[-+]?[\d.]*,\d+(e[-+]?\d+)?\s*", re.I)
+DECIMALS = re.compile(r"\s*[-+]?[\d.]*,\d+(e[-+]?\d+)?\s*", re.IGNORECASE)
 GAP = re.compile(r"(?<=\d)[\s'\u2019](?=\d{3})")  # between thousands
 PROGRESS = re.compile(r"([\d.,]+)\s*/\s*[\d.,]+")  # 50/10000
-
-Chunk = tuple[Any, Any]  # rows; their cells: a list, or an array where all are numbers
 
 
 class Unusable(ValueError):
@@ -29,27 +27,27 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(first[:20]) + (", ..." if len(first) > 20 else "")
 
 
-def number(cell: Any, decimal_comma: bool = False) -> float:
+def number(cell: Any, decimal_comma: bool) -> float:
     """The number in a cell: nan if it is empty, inf if it is a nan or infinite.
 
     Raises:
         ValueError: there is something else.
     """
     if isinstance(cell, str):
-        text = cell.strip()
-        if text.lower() in MISSING:
+        cell = cell.strip()
+        if cell.lower() in MISSING:
             return np.nan
-        if progress := PROGRESS.fullmatch(text):
-            text = progress[1]
-        text = GAP.sub("", text)
-        if "," in text:
-            if not decimal_comma and not THOUSANDS.fullmatch(text):
+        if progress := PROGRESS.fullmatch(cell):
+            cell = progress[1]
+        cell = GAP.sub("", cell)
+        if "," in cell:
+            if not decimal_comma and not THOUSANDS.fullmatch(cell):
                 raise ValueError
-            text = text.replace(".", "").replace(",", "." if decimal_comma else "")
-    else:
-        text = cell
+            cell = (
+                cell.replace(".", "").replace(",", ".") if decimal_comma else cell.replace(",", "")
+            )
     try:
-        value = float(text)
+        value = float(cell)
     except (TypeError, OverflowError):
         raise ValueError from None
     return value if np.isfinite(value) else np.inf
@@ -61,9 +59,9 @@ class Column:
     A number that is not finite is kept as inf, an empty cell as nan.
     """
 
-    def __init__(self, chunks: Iterable[Chunk] = (), where: Bool[np.ndarray, "rows"] | None = None):
-        self._chunks = list(chunks)
-        self._where = where  # the rows that count, if not all
+    def __init__(self):
+        self._chunks: list[tuple[Any, Any]] = []  # rows; their cells, as a list or an array
+        self._where: Bool[np.ndarray, rows] | None = None  # the rows that count, if not all
 
     def add(self, rows: Sequence[int] | np.ndarray, cells: Sequence[Any]) -> None:
         """The cells of these rows."""
@@ -79,10 +77,20 @@ class Column:
 
     def part(self, where: Bool[np.ndarray, "rows"]) -> "Column":
         """The cells of the rows where this holds."""
-        return Column(self._chunks, where)
+        part = Column()
+        part._chunks, part._where = self._chunks, where
+        return part
 
-    def _texts(self) -> Iterator[tuple[int, Any]]:
-        """Row and cell of the chunks that are not all numbers."""
+    def packed(self, rows: int) -> Float[np.ndarray, "rows"]:
+        """The numbers of the chunks that hold nothing else, nan in other rows."""
+        values = np.full(rows, np.nan)
+        for at, cells in self._chunks:
+            if isinstance(cells, np.ndarray):
+                values[at] = cells
+        return values if self._where is None else np.where(self._where, values, np.nan)
+
+    def others(self) -> Iterator[tuple[int, Any]]:
+        """Row and cell of the other chunks."""
         for rows, cells in self._chunks:
             if not isinstance(cells, np.ndarray):
                 for row, cell in zip(rows, cells, strict=True):
@@ -92,43 +100,8 @@ class Column:
     @property
     def decimal_comma(self) -> bool:
         """Whether a comma stands before decimals somewhere, and not between thousands."""
-        return any(
-            "," in cell and DECIMALS.fullmatch(cell) and not THOUSANDS.fullmatch(cell.strip())
-            for _, cell in self._texts()
-            if isinstance(cell, str)
-        )
-
-    def numbers(
-        self, rows: int, decimal_comma: bool | None = None
-    ) -> tuple[Float[np.ndarray, "rows"], dict[int, Any]]:
-        """A number for each row, nan where there is none, and the cells that cannot be read.
-
-        Whether a comma stands before decimals is told by this column, unless another has.
-        """
-        values, strange = np.full(rows, np.nan), {}
-        decimal_comma = self.decimal_comma if decimal_comma is None else decimal_comma
-        for at, cells in self._chunks:
-            if isinstance(cells, np.ndarray):
-                values[at] = cells
-        if self._where is not None:
-            values[~self._where] = np.nan
-        for row, cell in self._texts():
-            try:
-                values[row] = number(cell, decimal_comma)
-            except ValueError:
-                strange[row] = cell
-        return values, strange
-
-    def texts(self, rows: int) -> list[str]:
-        """What each row has, as text: whole numbers without a point, and nothing as ''."""
-        values = [""] * rows
-        for at, cells in self._chunks:
-            if isinstance(cells, np.ndarray):
-                for row, cell in zip(at, cells.tolist(), strict=True):
-                    values[row] = "" if cell != cell else f"{cell:.12g}"
-        for row, cell in self._texts():
-            values[row] = str(cell).strip()
-        return values
+        texts = (cell for _, cell in self.others() if isinstance(cell, str) and "," in cell)
+        return any(DECIMALS.fullmatch(t) and not THOUSANDS.fullmatch(t.strip()) for t in texts)
 
 
 class Table:
@@ -139,6 +112,8 @@ class Table:
         self.rows = 0
         self.columns: dict[str, Column] = {}
         self.notes: list[str] = []
+        self.use: Bool[np.ndarray, rows] | None = None  # the rows that were asked for, if not all
+        self.decimal_comma = False
 
     def add(self, cells: Mapping[str, Sequence[Any]], count: int) -> None:
         """The next rows, column by column."""
@@ -158,12 +133,43 @@ class Table:
             found = defaultdict(lambda: ([], []))
             for at, row in enumerate(chunk, self.rows):
                 for name, cell in row.items():
-                    rows_of, cells = found[name]
-                    rows_of.append(at)
-                    cells.append(cell)
-            whole = range(self.rows, self.rows + len(chunk))
+                    found[name][0].append(at)
+                    found[name][1].append(cell)
             for name, (at, cells) in found.items():
-                at = whole if len(at) == len(chunk) else np.array(at)
-                self.columns.setdefault(name, Column()).add(at, cells)
+                self.columns.setdefault(name, Column()).add(np.array(at), cells)
             self.rows += len(chunk)
         return self
+
+    def named(self, name: str) -> Column:
+        """The column of this name.
+
+        Raises:
+            Unusable: there is none.
+        """
+        if name not in self.columns:
+            raise Unusable(f"has no column {name!r}; it has {listed(self.columns)}")
+        return self.columns[name]
+
+    def read(self, name: str) -> tuple[Float[np.ndarray, "rows"], dict[int, Any]]:
+        """A number for each row, nan where there is none, and the cells that cannot be read."""
+        column, strange = self.named(name), {}
+        values, decimal_comma = column.packed(self.rows), self.decimal_comma or column.decimal_comma
+        for row, cell in column.others():
+            try:
+                values[row] = number(cell, decimal_comma)
+            except ValueError:
+                if self.use is None or self.use[row]:
+                    strange[row] = cell
+        return values if self.use is None else np.where(self.use, values, np.nan), strange
+
+    def numbers(self, name: str) -> Float[np.ndarray, "rows"]:
+        """A number for each row, nan where there is none."""
+        return self.read(name)[0]
+
+    def texts(self, name: str) -> list[str]:
+        """What each row has, as text: whole numbers without a point, and nothing as ''."""
+        column = self.named(name)
+        texts = ["" if x != x else f"{x:.12g}" for x in column.packed(self.rows).tolist()]
+        for row, cell in column.others():
+            texts[row] = str(cell).strip()
+        return texts
