@@ -61,18 +61,19 @@ class Column:
 
     def __init__(self):
         self._chunks: list[tuple[Any, Any]] = []  # rows; their cells, as a list or an array
-        self._where: Bool[np.ndarray, rows] | None = None  # the rows that count, if not all
+        self._where: np.ndarray | None = None  # the rows that count, if not all
 
     def add(self, rows: Sequence[int] | np.ndarray, cells: Sequence[Any]) -> None:
         """The cells of these rows."""
-        given = [cell is not None and cell != "" for cell in cells]
+        packed, given = np.full(len(cells), np.nan), [True] * len(cells)
+        if "" in cells or None in cells:
+            given = [cell is not None and cell != "" for cell in cells]
         try:
-            numbers = np.array([float(cell) for cell in compress(cells, given)])
+            numbers = [*map(float, compress(cells, given))]
         except (TypeError, ValueError, OverflowError):
             self._chunks.append((rows, cells))
             return
-        packed = np.full(len(cells), np.nan)
-        packed[given] = np.where(np.isfinite(numbers), numbers, np.inf)
+        packed[given] = np.nan_to_num(numbers, nan=np.inf, neginf=np.inf, posinf=np.inf)
         self._chunks.append((rows, packed))
 
     def part(self, where: Bool[np.ndarray, "rows"]) -> "Column":
@@ -112,7 +113,7 @@ class Table:
         self.rows = 0
         self.columns: dict[str, Column] = {}
         self.notes: list[str] = []
-        self.use: Bool[np.ndarray, rows] | None = None  # the rows that were asked for, if not all
+        self.use: np.ndarray | None = None  # the rows that were asked for, if not all
         self.decimal_comma = False
 
     def add(self, cells: Mapping[str, Sequence[Any]], count: int) -> None:
