@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ..errors import Refusal
+
 CHUNK = 20_000  # rows that are put into columns at once
 MISSING = {"", "na", "n/a", "#n/a", "<na>", "none", "null", "nil", "-", "--"}
 THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
@@ -17,7 +19,7 @@ GAP = re.compile(r"(?<=\d)[\s'\u2019](?=\d{3})")  # between thousands
 PROGRESS = re.compile(r"([\d.,]+)\s*/\s*[\d.,]+")  # 50/10000
 
 
-class Unusable(ValueError):
+class Unusable(Refusal):
     """A log that nothing can be read from, and why, in one line."""
 
 

@@ -4,9 +4,7 @@ import gzip
 import io
 import json
 import math
-import pathlib
 import sys
-import tempfile
 
 import numpy as np
 import pytest
@@ -14,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jlar_experiments import logs
+from jlar_experiments.errors import Refusal
+from jlar_experiments.pretraining import study
 
 STEPS = list(range(10, 210, 10))
 LARS = [round(0.7 - 0.001 * i, 4) for i in range(20)]
@@ -497,6 +497,11 @@ def test_a_baseline_is_read_by_the_same_reader(tmp_path):
     refused(lambda: logs.baseline(both), "seeds.csv", "--only seed=0")
     point = written(tmp_path, "step,lar\n1,.5\n", "point.csv")
     refused(lambda: logs.baseline(point), "point.csv", "two or more different steps")
+    (tmp_path / "run").mkdir()
+    written(tmp_path / "run", path.read_bytes(), "metrics.jsonl")
+    assert study.baseline(tmp_path / "run").at_step(100) == baseline.at_step(100)
+    with pytest.raises(Refusal, match="nowhere"):
+        study.baseline(tmp_path / "nowhere")
 
 
 PIECES = ["step", "lar", "loss", "_step", "value", "tag", "run", "seed", "epoch", "n", "k",
@@ -550,16 +555,20 @@ options = st.fixed_dictionaries(
 )
 
 
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz") / "log"
+
+
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(damaged() | texts | objects | binary | st.binary(max_size=300), st.just({}) | options)
-def test_any_input_is_read_or_refused_in_one_line(content, options):
-    with tempfile.TemporaryDirectory() as folder:
-        path = written(pathlib.Path(folder), content)
-        try:
-            log = logs.read(path, **options)
-        except logs.Unusable as error:
-            assert str(error).isprintable()
-            return
+def test_any_input_is_read_or_refused_in_one_line(path, content, options):
+    path.write_bytes(content)
+    try:
+        log = logs.read(path, **options)
+    except logs.Unusable as error:
+        assert str(error).isprintable()
+        return
     assert len(log.step) == len(log.lar) == len(log.loss) > 0
     assert (np.diff(log.step) > 0).all() and np.isfinite(log.step).all()
     assert np.isfinite(log.lar).all() and log.lar.max() < 1.01 and not np.isinf(log.loss).any()
