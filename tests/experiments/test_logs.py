@@ -311,6 +311,8 @@ def test_one_run_exported_in_two_ways_is_one_log(read):
 def test_the_width(read):
     k = [128.0 ** (2 * (1 - lar)) for lar in LARS]
     assert read(wide(step=STEPS, lar=LARS, k_pred=k)).n == 128
+    broken = [math.nan, *LARS[1:]]
+    assert read(wide(step=STEPS, lar=broken, k=k)).n == 128
     assert read(wide(step=STEPS, lar=LARS, n=[64] * 20)).n == 64
     assert read(csv()).n is None
 
@@ -467,6 +469,8 @@ def test_restarts(read):
     again = STEPS[:15] + STEPS[9:]
     log = read(series(again, [0.3] * 15 + [0.6] * 11))
     assert log.step.tolist() == STEPS and log.lar.tolist() == [0.3] * 9 + [0.6] * 11
+    log = read(series([10, 20, 30, 20, 30, 20, 30], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]))
+    assert log.lar.tolist() == [0.1, 0.6, 0.7] and any("2 times" in note for note in log.notes)
     # The loss of the abandoned branch is abandoned with it, also where LAR is logged less often.
     rows = [{"step": s, "loss": 1.0} | ({"lar": 0.5} if s % 50 == 0 else {}) for s in STEPS]
     log = read(jsonl([*rows, *({"step": s, "loss": 2.0} for s in (110, 120))]))
