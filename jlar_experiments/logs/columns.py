@@ -10,7 +10,7 @@ from .table import Table, Unusable, listed
 
 STEPS = """global_step step train_step training_step optimizer_step iteration iterations
     train_iter iter it num_updates update updates _step epoch""".split()
-LAR = ("lar", "alignment")  # log_alignment_ratio
+LAR = ("lar", "log_alignment_ratio")
 WIDTHS = ("n", "width")
 DIMENSIONS = ("k_pred", "effective_dimension", "k")
 TRAINING = set("train training learning trainer learner".split())
@@ -80,7 +80,9 @@ def _best(names: Iterable[str], rank: Callable[[str], tuple[int, ...]], option: 
 
 
 def _alignments(names: Iterable[str]) -> list[str]:
-    return [name for name in names if not _bound(name) and set(LAR) & set(words(name))]
+    return [
+        name for name in names if not _bound(name) and ("lar" in words(name) or last(name) in LAR)
+    ]
 
 
 def alignment(table: Table) -> str:
@@ -135,6 +137,24 @@ def losses(table: Table, lar: str) -> str | None:
     )
 
 
+def goes_on(
+    table: Table, name: str, step: Float[np.ndarray, "rows"], there: Bool[np.ndarray, "rows"]
+) -> None:
+    """Raises:
+    Unusable: the step begins again with every epoch, so it is none of the run.
+    """
+    rows = np.flatnonzero(there & np.isfinite(step))
+    back = np.flatnonzero(np.diff(step[rows]) < 0)
+    for other in table.columns:
+        if last(other) == "epoch" and other != name and len(back):
+            epoch = table.numbers(other)[rows]
+            if (epoch[back + 1] > epoch[back]).all():
+                raise Unusable(
+                    f"has a column {name!r} that begins again with each {other!r}: "
+                    "name a step that goes on by --step-column"
+                )
+
+
 def one_run(table: Table, there: Bool[np.ndarray, "rows"], apart: tuple[str, ...]) -> None:
     """Raises:
     Unusable: the rows with LAR are of several runs, layers or parts of the data.
@@ -162,9 +182,9 @@ def width(table: Table, lar: Float[np.ndarray, "rows"]) -> tuple[int | None, str
         if last(name) in (*WIDTHS, *DIMENSIONS):
             found = table.numbers(name)
             if last(name) in DIMENSIONS:
+                telling = np.isfinite(lar) & (np.abs(lar - 1) > 0.05)
                 with np.errstate(all="ignore"):
-                    found = np.exp(np.log(found) / (2 * (1 - lar)))
-                    found = found[np.abs(lar - 1) > 0.05]
+                    found = np.exp(np.log(found[telling]) / (2 * (1 - lar[telling])))
             found = found[np.isfinite(found)]
             middle = np.median(found) if len(found) else 0
             if 2 <= middle < 2**31 and np.ptp(found) < 0.05 * middle:

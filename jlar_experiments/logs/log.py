@@ -102,15 +102,11 @@ def _log(
     step = table.numbers(step_name)
     if count := int((there & ~np.isfinite(step)).sum()):
         table.notes.append(f"rows with a LAR and no step in {step_name!r}: {count}")
-    epoch = next((e for e in table.columns if columns.last(e) == "epoch" and e != step_name), None)
-    if epoch and not apart:
-        rows = np.isfinite(step) & there
-        series.check_epochs(step[rows], table.numbers(epoch)[rows], (step_name, epoch))
-    loss_name, loss = wanted["loss"] or columns.losses(table, lar_name), np.full(len(lar), np.nan)
-    if loss_name:
-        loss, strange = table.read(loss_name)
-        if strange:
-            table.notes.append(f"cells of {loss_name!r} that are no number: {len(strange)}")
+    columns.goes_on(table, step_name, step, there)
+    loss_name = wanted["loss"] or columns.losses(table, lar_name)
+    loss, strange = table.read(loss_name) if loss_name else (np.full(len(lar), np.nan), {})
+    if strange:
+        table.notes.append(f"cells of {loss_name!r} that are no number: {len(strange)}")
     n, n_name = columns.width(table, lar)
     steps, lars, losses = series.by_step(step, lar, loss, apart, table.notes)
     if not len(steps):
@@ -155,17 +151,14 @@ def _lars(table: Table, name: str, apart: bool) -> Float[np.ndarray, "rows"]:
         )
     if not lar[there].any():
         raise Unusable(f"has zeros only in column {name!r}: name that of LAR by --lar-column")
-    asked = table.rows if table.use is None else int(table.use.sum())
-    for what, count in (
-        ("that are nan or infinite", int(np.isinf(lar).sum())),
-        ("that are no number", len(strange)),
-        (
-            "that are empty",
-            0 if apart else asked - int(np.isinf(lar).sum()) - len(there) - len(strange),
-        ),
-    ):
+    infinite, empty = int(np.isinf(lar).sum()), 0
+    if not apart:
+        asked = table.rows if table.use is None else int(table.use.sum())
+        empty = asked - len(there) - len(strange) - infinite
+    counts = {"nan or infinite": infinite, "no number": len(strange), "empty": empty}
+    for what, count in counts.items():
         if count:
-            table.notes.append(f"cells of {name!r} {what}, left out: {count}")
+            table.notes.append(f"cells of {name!r} that are {what}, left out: {count}")
     return lar
 
 

@@ -1,11 +1,10 @@
 """Separated values: a header, then fields, with what people and crashed writers do to them."""
 
 import csv
-import io
 import re
 from collections import Counter, deque
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 
 from .table import CHUNK, Table, Unusable
 
@@ -31,27 +30,22 @@ def table(lines: Iterator[str]) -> Table:
     names = _unique(_split(header, delimiter))
     if header and all(map(NUMBER.fullmatch, names)):
         raise Unusable("has no header: its first line holds numbers only; add one like step,lar")
-    found, broken, count, chunk = Table("separated values"), 0, 0, []
-
-    def keep() -> None:
-        if chunk:
-            found.add(dict(zip(names, zip(*chunk, strict=True), strict=True)), len(chunk))
-            chunk.clear()
-
-    for fields in _records(chain(first, lines), delimiter, len(names)):
-        count += 1
-        if fields[0] == names[0] != "":
-            keep()
-            names = _unique(fields)
-        elif len(fields) == len(names):
-            chunk.append(fields)
-        elif any(field.strip() for field in fields[len(names) :]):
-            broken += 1
-        else:
-            chunk.append((fields + [""] * len(names))[: len(names)])
-        if len(chunk) == CHUNK:
-            keep()
-    keep()
+    found, broken, count = Table("separated values"), 0, 0
+    records = _records(chain(first, lines), delimiter, len(names))
+    while rows := list(islice(records, CHUNK)):
+        count += len(rows)
+        if set(map(len, rows)) == {len(names)} and names[0] not in {row[0] for row in rows}:
+            found.add(dict(zip(names, zip(*rows, strict=True), strict=True)), len(rows))
+            continue
+        uneven = []
+        for fields in rows:
+            if fields[0] == names[0] != "":
+                names = _unique(fields)
+            elif any(field.strip() for field in fields[len(names) :]):
+                broken += 1
+            else:
+                uneven.append(dict(zip(names, fields, strict=False)))
+        found.add_rows(uneven)
     if broken > count / 10:
         raise Unusable(
             f"has {broken} of {count} rows with more fields than its header: quote text with commas"
@@ -89,7 +83,7 @@ def _unique(names: list[str]) -> list[str]:
 def _split(line: str, delimiter: str | None) -> list[str]:
     """The fields of a line; a quote that closes nothing is left out."""
     line = line.rstrip("\n")
-    fields = _quoted(line, delimiter) if delimiter and '"' in line else None
+    fields = _quoted([line], delimiter) if delimiter and '"' in line else None
     return fields or [field.strip('" ') for field in line.strip(" ").split(delimiter)]
 
 
@@ -98,30 +92,33 @@ def _records(lines: Iterator[str], delimiter: str | None, width: int) -> Iterato
 
     Not if a quote is never closed, or only by making one field of what are rows by themselves.
     """
-    ahead: deque[str] = deque()
-    while line := ahead.popleft() if ahead else next(lines, ""):
-        if not content(line):
+    for line in lines:
+        if line[0] == "#" or line.isspace():
             continue
         if '"' not in line:
             yield line.rstrip("\n").split(delimiter)
             continue
-        taken, odd = [line], line.count('"') % 2
-        while delimiter and odd and len(taken) <= LOOKAHEAD:
-            if not (more := ahead.popleft() if ahead else next(lines, "")):
-                break
-            taken.append(more)
-            odd ^= more.count('"') % 2
-        fields = _quoted("".join(taken), delimiter) if delimiter and len(taken) > 1 else None
-        if fields is None or any(len(each.split(delimiter)) == width for each in taken[1:]):
-            ahead.extendleft(taken[:0:-1])
-            fields = _split(line, delimiter)
-        yield fields
+        left = deque([line])
+        while left:
+            taken = [left.popleft()]
+            odd = taken[0].count('"') % 2 if delimiter else 0
+            while odd and len(taken) <= LOOKAHEAD:
+                if not (more := left.popleft() if left else next(lines, "")):
+                    break
+                taken.append(more)
+                odd ^= more.count('"') % 2
+            fields = _quoted(taken, delimiter) if len(taken) > 1 and delimiter else None
+            if fields is None or any(len(each.split(delimiter)) == width for each in taken[1:]):
+                left.extendleft(taken[:0:-1])
+                fields = _split(taken[0], delimiter) if content(taken[0]) else None
+            if fields:
+                yield fields
 
 
-def _quoted(text: str, delimiter: str) -> list[str] | None:
+def _quoted(lines: list[str], delimiter: str) -> list[str] | None:
     """The fields of one record; None if its quotes are not those of separated values."""
     try:
-        [fields] = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        [fields] = csv.reader(lines, delimiter=delimiter, strict=True)
     except (csv.Error, ValueError):
         return None
     return fields

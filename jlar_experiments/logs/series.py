@@ -3,8 +3,6 @@
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from .table import Unusable
-
 
 def in_order(
     step: Float[np.ndarray, "rows"],
@@ -21,7 +19,7 @@ def in_order(
     back = np.flatnonzero(np.diff(passes) < 0) + 1
     if not len(back):
         return order, None
-    if 4 * len(back) > len(passes) and len(passes) > 3:
+    if 3 * len(back) > len(passes):
         return np.argsort(step, kind="stable"), "the rows are in no order of steps: sorted"
     later = np.minimum.accumulate(passes[::-1])[::-1]  # the least step from here on
     keep = np.append(passes[:-1] < later[1:], True)
@@ -67,17 +65,3 @@ def by_step(
     at, losses = means(step[of_loss], loss[of_loss])
     last = np.searchsorted(at, steps, "right")
     return steps, lars, np.append(np.nan, losses)[last]
-
-
-def check_epochs(
-    step: Float[np.ndarray, "rows"], epoch: Float[np.ndarray, "rows"], names: tuple[str, str]
-) -> None:
-    """Raises:
-    Unusable: the step begins again with every epoch, so it is none of the run.
-    """
-    back = np.flatnonzero(np.diff(step) < 0)
-    if len(back) and (epoch[back + 1] > epoch[back]).all():
-        raise Unusable(
-            f"has a column {names[0]!r} that begins again with each {names[1]!r}: "
-            "name a step that goes on by --step-column"
-        )

@@ -44,11 +44,11 @@ def table(path: Path | str, **options: Any) -> Table:
 
 def _in_folder(folder: Path) -> list[Path]:
     """The log in a run's folder: one file, or the event files of one run, oldest first."""
-    if events := _files(folder.glob(EVENTS)):
-        return events
     for name in USUAL:
         if (folder / name).is_file():
             return [folder / name]
+    if events := _files(folder.glob(EVENTS)):
+        return events
     logs = _files(path for path in folder.iterdir() if path.name.endswith(ENDINGS))
     if len(logs) > 1:
         raise Unusable(f"holds several logs, {listed(path.name for path in logs)}: name one")

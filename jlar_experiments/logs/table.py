@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from ..errors import Refusal
+
 CHUNK = 20_000  # rows that are put into columns at once
 MISSING = {"", "na", "n/a", "#n/a", "<na>", "none", "null", "nil", "-", "--"}
 THOUSANDS = re.compile(r"[-+]?[1-9]\d{0,2}(,\d{3})+(\.\d*)?")
@@ -17,7 +19,7 @@ GAP = re.compile(r"(?<=\d)[\s'\u2019](?=\d{3})")  # between thousands
 PROGRESS = re.compile(r"([\d.,]+)\s*/\s*[\d.,]+")  # 50/10000
 
 
-class Unusable(ValueError):
+class Unusable(Refusal):
     """A log that nothing can be read from, and why, in one line."""
 
 
@@ -61,18 +63,19 @@ class Column:
 
     def __init__(self):
         self._chunks: list[tuple[Any, Any]] = []  # rows; their cells, as a list or an array
-        self._where: Any = None  # the rows that count, if not all
+        self._where: np.ndarray | None = None  # the rows that count, if not all
 
     def add(self, rows: Sequence[int] | np.ndarray, cells: Sequence[Any]) -> None:
         """The cells of these rows."""
-        given = [cell is not None and cell != "" for cell in cells]
+        packed, given = np.full(len(cells), np.nan), [True] * len(cells)
+        if "" in cells or None in cells:
+            given = [cell is not None and cell != "" for cell in cells]
         try:
-            numbers = np.array([float(cell) for cell in compress(cells, given)])
+            numbers = [*map(float, compress(cells, given))]
         except (TypeError, ValueError, OverflowError):
             self._chunks.append((rows, cells))
             return
-        packed = np.full(len(cells), np.nan)
-        packed[given] = np.where(np.isfinite(numbers), numbers, np.inf)
+        packed[given] = np.nan_to_num(numbers, nan=np.inf, neginf=np.inf, posinf=np.inf)
         self._chunks.append((rows, packed))
 
     def part(self, where: Bool[np.ndarray, "rows"]) -> "Column":
@@ -112,7 +115,7 @@ class Table:
         self.rows = 0
         self.columns: dict[str, Column] = {}
         self.notes: list[str] = []
-        self.use: Any = None  # the rows that were asked for, if not all
+        self.use: np.ndarray | None = None  # the rows that were asked for, if not all
         self.decimal_comma = False
 
     def add(self, cells: Mapping[str, Sequence[Any]], count: int) -> None:

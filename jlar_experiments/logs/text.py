@@ -45,7 +45,11 @@ def table(data: bytes, *, lar: str | None, pattern: str | None, growing: bool) -
         return Table("log lines").add_rows(_matches(lines(), pattern))
     head = next(filter(separated.content, lines()), "").lstrip()
     if head.startswith(("{", "[")):  # as some log lines begin
-        found = _json(data.decode(encoding(data), "replace"), growing)
+        if _whole(head):
+            found = _json(map(str.strip, lines()), False)
+        else:
+            whole = data.decode(encoding(data), "replace")
+            found = _json([whole[next(BEFORE.finditer(whole)).end() :]], growing)
         if found.rows:
             return found
     name = re.escape(lar) if lar else r"lar(?![a-z])[\w/.-]*"
@@ -75,25 +79,36 @@ def _pairs(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _json(text: str, growing: bool) -> Table:
+def _whole(line: str) -> bool:
+    """Whether a line is one JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json(texts: Iterable[str], growing: bool) -> Table:
     """One row per object, on a line or in an array; or one object of columns or with a table."""
     found, bad = Table("JSON"), []
 
     def objects() -> Iterator[dict[str, Any]]:
         decode = json.JSONDecoder(strict=False).raw_decode
-        at = next(BEFORE.finditer(text)).end()
-        while (at := next(BETWEEN.finditer(text, at)).end()) < len(text):
-            try:
-                value, at = decode(text, at)
-            except (ValueError, RecursionError):
-                end = text.find("\n", at)
-                if end < 0 and growing:
-                    return  # the line is still being written
-                value, at = None, len(text) if end < 0 else end
-            if isinstance(value, dict):
-                yield value
-            else:
-                bad.append(at)
+        for text in texts:
+            at = 0
+            while at < len(text):
+                try:
+                    value, at = decode(text, at)
+                except (ValueError, RecursionError):
+                    end = text.find("\n", at)
+                    if end < 0 and growing:
+                        break  # the line is still being written
+                    value, at = None, len(text) if end < 0 else end
+                if isinstance(value, dict):
+                    yield value
+                elif text[0] != "#":
+                    bad.append(at)
+                if at < len(text):
+                    at = next(BETWEEN.finditer(text, at)).end()
 
     rows = objects()
     first = list(islice(rows, 2))

@@ -4,9 +4,7 @@ import gzip
 import io
 import json
 import math
-import pathlib
 import sys
-import tempfile
 
 import numpy as np
 import pytest
@@ -14,6 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jlar_experiments import logs
+from jlar_experiments.errors import Refusal
+from jlar_experiments.pretraining import study
 
 STEPS = list(range(10, 210, 10))
 LARS = [round(0.7 - 0.001 * i, 4) for i in range(20)]
@@ -311,6 +311,8 @@ def test_one_run_exported_in_two_ways_is_one_log(read):
 def test_the_width(read):
     k = [128.0 ** (2 * (1 - lar)) for lar in LARS]
     assert read(wide(step=STEPS, lar=LARS, k_pred=k)).n == 128
+    broken = [math.nan, *LARS[1:]]
+    assert read(wide(step=STEPS, lar=broken, k=k)).n == 128
     assert read(wide(step=STEPS, lar=LARS, n=[64] * 20)).n == 64
     assert read(csv()).n is None
 
@@ -467,6 +469,8 @@ def test_restarts(read):
     again = STEPS[:15] + STEPS[9:]
     log = read(series(again, [0.3] * 15 + [0.6] * 11))
     assert log.step.tolist() == STEPS and log.lar.tolist() == [0.3] * 9 + [0.6] * 11
+    log = read(series([10, 20, 30, 20, 30, 20, 30], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]))
+    assert log.lar.tolist() == [0.1, 0.6, 0.7] and any("2 times" in note for note in log.notes)
     # The loss of the abandoned branch is abandoned with it, also where LAR is logged less often.
     rows = [{"step": s, "loss": 1.0} | ({"lar": 0.5} if s % 50 == 0 else {}) for s in STEPS]
     log = read(jsonl([*rows, *({"step": s, "loss": 2.0} for s in (110, 120))]))
@@ -497,6 +501,11 @@ def test_a_baseline_is_read_by_the_same_reader(tmp_path):
     refused(lambda: logs.baseline(both), "seeds.csv", "--only seed=0")
     point = written(tmp_path, "step,lar\n1,.5\n", "point.csv")
     refused(lambda: logs.baseline(point), "point.csv", "two or more different steps")
+    (tmp_path / "run").mkdir()
+    written(tmp_path / "run", path.read_bytes(), "metrics.jsonl")
+    assert study.baseline(tmp_path / "run").at_step(100) == baseline.at_step(100)
+    with pytest.raises(Refusal, match="nowhere"):
+        study.baseline(tmp_path / "nowhere")
 
 
 PIECES = ["step", "lar", "loss", "_step", "value", "tag", "run", "seed", "epoch", "n", "k",
@@ -550,16 +559,20 @@ options = st.fixed_dictionaries(
 )
 
 
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz") / "log"
+
+
 @settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(damaged() | texts | objects | binary | st.binary(max_size=300), st.just({}) | options)
-def test_any_input_is_read_or_refused_in_one_line(content, options):
-    with tempfile.TemporaryDirectory() as folder:
-        path = written(pathlib.Path(folder), content)
-        try:
-            log = logs.read(path, **options)
-        except logs.Unusable as error:
-            assert str(error).isprintable()
-            return
+def test_any_input_is_read_or_refused_in_one_line(path, content, options):
+    path.write_bytes(content)
+    try:
+        log = logs.read(path, **options)
+    except logs.Unusable as error:
+        assert str(error).isprintable()
+        return
     assert len(log.step) == len(log.lar) == len(log.loss) > 0
     assert (np.diff(log.step) > 0).all() and np.isfinite(log.step).all()
     assert np.isfinite(log.lar).all() and log.lar.max() < 1.01 and not np.isinf(log.loss).any()

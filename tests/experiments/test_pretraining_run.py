@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 import jlar
-from jlar_experiments import cli
+from jlar_experiments import cli, logs
 from jlar_experiments.checkpoint import Checkpoints, Foreign
 from jlar_experiments.errors import Stopped, Trouble
-from jlar_experiments.monitoring import logs, verdict
+from jlar_experiments.monitoring import verdict
 from jlar_experiments.pretraining import corpus, data, report, sharding, study, train
 from jlar_experiments.pretraining.config import PretrainConfig
 
