@@ -45,11 +45,13 @@ def table(data: bytes, *, lar: str | None, pattern: str | None, growing: bool) -
         return Table("log lines").add_rows(_matches(lines(), pattern))
     head = next(filter(separated.content, lines()), "").lstrip()
     if head.startswith(("{", "[")):  # as some log lines begin
+        bad: list[int] = []
         if _whole(head):
-            found = _json(map(str.strip, lines()), False)
+            found = _json(_in_lines(lines(), bad), bad)
         else:
             whole = data.decode(encoding(data), "replace")
-            found = _json([whole[next(BEFORE.finditer(whole)).end() :]], growing)
+            start = next(BEFORE.finditer(whole)).end()
+            found = _json(_objects(whole[start:], bad, growing), bad)
         if found.rows:
             return found
     name = re.escape(lar) if lar else r"lar(?![a-z])[\w/.-]*"
@@ -87,38 +89,48 @@ def _whole(line: str) -> bool:
         return False
 
 
-def _json(texts: Iterable[str], growing: bool) -> Table:
-    """One row per object, on a line or in an array; or one object of columns or with a table."""
-    found, bad = Table("JSON"), []
-
-    def objects() -> Iterator[dict[str, Any]]:
-        decode = json.JSONDecoder(strict=False).raw_decode
-        for text in texts:
-            at = 0
-            while at < len(text):
-                try:
-                    value, at = decode(text, at)
-                except (ValueError, RecursionError):
-                    end = text.find("\n", at)
-                    if end < 0 and growing:
-                        break  # the line is still being written
-                    value, at = None, len(text) if end < 0 else end
-                if isinstance(value, dict):
-                    yield value
-                elif text[0] != "#":
-                    bad.append(at)
-                if at < len(text):
-                    at = next(BETWEEN.finditer(text, at)).end()
-
-    rows = objects()
-    first = list(islice(rows, 2))
+def _json(objects: Iterator[dict[str, Any]], bad: list[int]) -> Table:
+    """One row per object; or of a single one the columns or the table that it holds."""
+    found, first = Table("JSON"), list(islice(objects, 2))
     if len(first) == 1 and not bad:
         _object(found, first[0])
     else:
-        found.add_rows(map(_flat, chain(first, rows)))
+        found.add_rows(map(_flat, chain(first, objects)))
     if bad:
         found.notes.append(f"lines that are no JSON object, left out: {len(bad)}")
     return found
+
+
+def _in_lines(lines: Iterator[str], bad: list[int]) -> Iterator[dict[str, Any]]:
+    """The objects in lines of one each, many at once, or as they come where there are others."""
+    while block := list(islice(lines, CHUNK)):
+        try:
+            values = json.loads(f"[{','.join(block)}]", strict=False)
+        except (ValueError, RecursionError):
+            values = []
+        if len(values) == len(block) and set(map(type, values)) == {dict}:
+            yield from values
+            continue
+        for line in block:
+            yield from _objects(line.strip(), bad)
+
+
+def _objects(text: str, bad: list[int], growing: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects in a text, one after another; where a line is something else goes to `bad`."""
+    decode, at = json.JSONDecoder(strict=False).raw_decode, 0
+    while at < len(text):
+        try:
+            value, at = decode(text, at)
+        except (ValueError, RecursionError):
+            end = text.find("\n", at)
+            if end < 0 and growing:
+                break  # the line is still being written
+            value, at = None, len(text) if end < 0 else end
+        if isinstance(value, dict):
+            yield value
+        elif text[0] != "#":
+            bad.append(at)
+        at = next(BETWEEN.finditer(text, at)).end()
 
 
 def _object(table: Table, value: dict[str, Any]) -> None:
