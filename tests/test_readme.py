@@ -15,7 +15,7 @@ LINKS = re.findall(r"\]\(([^)#]+)(#[^)]+)?\)", README)
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_a_block_can_be_pasted(number, capsys):
     code, printed = BLOCKS[number]
-    with jax.numpy_dtype_promotion("standard"):  # as users run it; optax promotes
+    with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):  # JAX's own defaults
         exec(compile(code, f"README.md, block {number}", "exec"), {"__name__": "__main__"})
     lines = [f"# {line}" for line in capsys.readouterr().out.splitlines()]
     assert lines and lines == printed.splitlines()
