@@ -215,7 +215,9 @@ def test_restores_onto_another_mesh(whole, config, tokens):
         program = train.Program(config, sharding.mesh(tensor, jax.devices()[:count]))
         checkpoints = Checkpoints(whole / "checkpoints")
         like = (program.abstract_state, jax.ShapeDtypeStruct((), "i4"))
-        step, (state, position) = checkpoints.newest(like, pytest.fail)
+        found = checkpoints.newest(like, pytest.fail)
+        assert found is not None
+        step, (state, position) = found
         checkpoints.close()
         assert step == int(state.step) == int(position) == 30
         assert len(state.model.blocks.q.sharding.device_set) == count
