@@ -102,7 +102,7 @@ def capture(
         >>> loss = jlar.capture(loss)
         >>> step = jax.jit(jax.value_and_grad(loss, has_aux=True))
         >>> (value, lars), grads = step(params, x)
-        >>> print({path: f"{e.lar:.2f} of {e.count:.0f} tokens" for path, e in lars.items()})
+        >>> print({path: f"{e.lar:.2f} of {e.count} tokens" for path, e in lars.items()})
         {'down': '0.47 of 100 tokens', 'up': '0.49 of 100 tokens'}
 
         The root mean square of what each matrix reads, by a measure of one's own:

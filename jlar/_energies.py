@@ -1,9 +1,9 @@
 """Energies: the sums of squares of W, X and Y = X W^T, enough for LAR and its dimension k."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
@@ -25,13 +25,13 @@ class Energies(Pool):
         >>> import jax, jlar
         >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
         >>> halves = jlar.energies(W, X[:32]) + jlar.energies(W, X[32:])
-        >>> print(f"{halves.lar:.4f} {jlar.lar(W, X):.4f} {halves.count:.0f}")
+        >>> print(f"{halves.lar:.4f} {jlar.lar(W, X):.4f} {halves.count}")
         0.5024 0.5024 64
     """
 
-    sums: Float[Array, "*stack 11"]
-    """What all properties are read from: one array, so that one matrix is one output of a program.
-    The squares of Y, X and W, what rounding took from each of them, and the counts."""
+    sums: Float[Array, "*stack 8"]
+    """What `y`, `x`, `w`, `calls`, `count` and `keep_rate` are read from: one array, so that one
+    matrix is one output of a program."""
     n: int = eqx.field(static=True)
     """Input width, the base of the logarithm."""
 
@@ -39,7 +39,7 @@ class Energies(Pool):
     def zeros(cls, n: int, stack: tuple[int, ...] = (), dtype=jnp.float32) -> "Energies":
         """No tokens of a width-n layer: what a scan starts to accumulate from."""
         check.check_width(n, "the argument n")
-        return cls(jnp.zeros((*stack, 11), dtype), n)
+        return cls(jnp.zeros((*stack, 8), dtype), n)
 
     @classmethod
     def of(
@@ -50,59 +50,37 @@ class Energies(Pool):
     ) -> "Energies":
         """From the squares of Y, X and W, and what `Pool.limbs` returns, of each or the same."""
         like = jnp.zeros_like(squares[0])  # sharded as the stack is, where types say so
-        rest = [like] * 3 + [like + c for c in jnp.moveaxis(counts, -1, 0)]
-        return cls(jnp.stack([*squares, *rest], -1), n)
+        return cls(jnp.stack([*squares, *(like + c for c in jnp.moveaxis(counts, -1, 0))], -1), n)
 
     def limbs(self) -> Float[Array, "*stack 5"]:
         """Calls, then kept and all tokens as limbs."""
-        return jnp.asarray(self.sums)[..., 6:]
+        return jnp.asarray(self.sums)[..., 3:]
 
     def _with(self, counts: Float[Array, "*stack 5"]) -> "Energies":
-        return Energies(jnp.concatenate([self.sums[..., :6], counts], -1), self.n)
-
-    def _plus(self, other: Any) -> "Energies":
-        # What rounding takes from a sum (Knuth's two-sum) is kept beside it, and given back once it
-        # counts: a million calls would add up to rounding errors of some percent.
-        a, b = self.sums[..., :3], other.sums[..., :3]
-        total = self.sums + other.sums
-        rounded = total[..., :3]
-        of_b = rounded - a
-        lost = total[..., 3:6] + ((a - (rounded - of_b)) + (b - of_b))
-        squares = rounded + lost
-        lost = lost - (squares - rounded)
-        return Energies(jnp.concatenate([squares, lost, total[..., 6:]], -1), self.n)
-
-    def _square(self, i: int) -> Float[Array, "*stack"]:
-        sums = jnp.asarray(self.sums)
-        return sums[..., i] + sums[..., 3 + i]
+        return Energies(jnp.concatenate([self.sums[..., :3], counts], -1), self.n)
 
     @property
     def y(self) -> Float[Array, "*stack"]:
         """Sum of squares of Y = X W^T over the kept tokens."""
-        return self._square(0)
+        return jnp.asarray(self.sums)[..., 0]
 
     @property
     def x(self) -> Float[Array, "*stack"]:
         """Sum of squares of X over the kept tokens."""
-        return self._square(1)
+        return jnp.asarray(self.sums)[..., 1]
 
     @property
     def w(self) -> Float[Array, "*stack"]:
         """Sum of squares of W, once per call; w / calls is that of W."""
-        return self._square(2)
+        return jnp.asarray(self.sums)[..., 2]
 
     @property
     def lar(self) -> Float[Array, "*stack"]:
-        """Log-alignment ratio of all that was pooled, see `jlar.lar` for its range and nan."""
-        w, x = self.w / self.calls, self.x / self.count
-        # Squares below the smallest normal number are lost, one by one. That is no matter where
-        # the sums are far above it; else they would be made up, as an overflow would be a LAR.
-        limits = jnp.finfo(self.sums.dtype)
-        lowest = float(limits.tiny) / float(limits.eps) * 2**20
-        seen = (w > lowest) & (x > lowest) & (w * x > lowest)
-        seen &= jnp.isfinite(self.y) & jnp.isfinite(self.x) & jnp.isfinite(self.w)
-        overlap = jnp.log(self.y) - jnp.log(self.x) - jnp.log(w)
-        return log_ratio(jnp.where(seen, overlap, jnp.nan), self.n)
+        """Log-alignment ratio of all that was pooled; nan if W, X or mask is zero or not finite."""
+        overlap = jnp.log(self.y) - jnp.log(self.x) - jnp.log(self.w / self.calls)
+        # An infinite x or w alone (overflow, or inf in the data) would read as -inf, a valid LAR.
+        finite = jnp.isfinite(self.y) & jnp.isfinite(self.x) & jnp.isfinite(self.w)
+        return log_ratio(jnp.where(finite, overlap, jnp.nan), self.n)
 
     @property
     def effective_dimension(self) -> Float[Array, "*stack"]:
@@ -165,12 +143,27 @@ def energies(
 
     Free when Y is at hand, as the logits are in a loss: two reductions that fuse with it. Without
     Y the product is computed, O(t m n); `jlar.grams` gives the same LAR without any product of X
-    and W, cheaper when tokens and outputs both outnumber n. Differentiable as `jlar.lar` is; the
-    energies of `jlar.capture` carry no gradient. Source: equation (1) of arXiv 2605.28975, pooled
-    before the logarithm. Arguments and errors are those of `jlar.lar`.
+    and W, cheaper when tokens and outputs both outnumber n. Gradients stop here; differentiate
+    `jlar.lar`. Source: equation (1) of arXiv 2605.28975, pooled before the logarithm.
+
+    Args:
+        W: weights (m, n), outputs x inputs, as `equinox.nn.Linear` stores them (a Flax kernel is
+            `kernel.T`). A scalar factor on W cancels.
+        X: inputs (..., n), any number of leading token axes; bf16 and smaller sum in float32.
+        Y: X W^T (..., m), if already computed: before bias, soft-cap and temperature.
+        mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
+        axes: inside `jax.shard_map`, the mesh axes that split tokens, outputs and inputs, such as
+            `{"t": "data", "m": "model"}`; the result is that of the whole arrays, on every device,
+            by sums of a few scalars. Along a named axis that does not split an array, its values
+            have to be the same on every device. Where an axis splits "n", or both "m" and "t"
+            (FSDP), Y has to be given: one device could not compute it.
 
     Returns:
-        `Energies`, scalar fields, float32 (float64 if an input is).
+        `Energies`, scalar fields, float32 (float64 if an input is). Entries of W, X and Y between
+        about 1e-18 and 1e18 square within float32; a sum that overflows gives a LAR of nan.
+
+    Raises:
+        ValueError: at trace time, for wrong ranks or widths, n = 1, complex or misshapen arguments.
 
     Example:
         >>> import jax, jlar
@@ -182,7 +175,7 @@ def energies(
         >>> print(f"{e.lar:.4f} {e.effective_dimension:.1f} {e.keep_rate}")
         0.5024 62.7 1.0
     """
-    return measure(W, X, Y, mask, mesh.split(axes))
+    return jax.lax.stop_gradient(measure(W, X, Y, mask, mesh.split(axes)))
 
 
 def lar(
@@ -209,16 +202,12 @@ def lar(
         X: inputs (..., n), any number of leading token axes.
         Y: X W^T (..., m), if already computed: before bias, soft-cap and temperature.
         mask: (...,) of 0/1 or bool, one per token; tokens with 0 do not count, even if nan.
-        axes: inside `jax.shard_map`, the mesh axes that split tokens, outputs and inputs, such as
-            `{"t": "data", "m": "model"}`; the result is that of the whole arrays, on every device,
-            by sums of a few scalars. Along a named axis that does not split an array, its values
-            have to be the same on every device. Where an axis splits "n", or both "m" and "t"
-            (FSDP), Y has to be given: one device could not compute it. Under jit leave it out.
+        axes: inside `jax.shard_map`, the mesh axes that split each dimension, as in
+            `jlar.energies`.
 
     Returns:
-        A scalar in [-inf, 1], float32 (float64 if an input is). nan if W or the kept X is zero,
-        anything kept is not finite, or the squares leave the range of float32: W or a token of X
-        with a norm below 3e-13 or above 1e19, or with a product of both norms that is.
+        A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero or
+        anything kept is not finite.
 
     Raises:
         ValueError: at trace time, for wrong ranks or widths, n = 1, complex or misshapen arguments.

@@ -2,24 +2,29 @@
 
 import abc
 import math
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from . import _mesh as mesh
 
 # A count is held as two floats, high * BASE + low: it is one of several sums in an array of floats,
-# and a single float32 stops counting at 2^24.
+# and a single float32 stops counting at 2^24. Exact up to 2^34 tokens, and 2^24 calls.
 BASE = 1024
-LIMIT = 2**24
 
 
 def to_limbs(count: Int[Array, "*stack"], dtype: jnp.dtype) -> Float[Array, "*stack 2"]:
     """An integer count as (high, low) floats."""
     return jnp.stack([count // BASE, count % BASE], axis=-1).astype(dtype)
+
+
+def from_limbs(limbs: Float[ArrayLike, "*stack 2"]) -> Int[Array, "*stack"]:
+    """The integer count that (high, low) stand for."""
+    whole = jnp.asarray(limbs).astype(jnp.int32)
+    return whole[..., 0] * BASE + whole[..., 1]
 
 
 def counts(
@@ -49,19 +54,19 @@ class Pool(eqx.Module):
 
     @property
     def calls(self) -> Float[Array, "*stack"]:
-        """How many calls were pooled; nan from 2^24 on."""
-        calls = self.limbs()[..., 0]
-        return jnp.where(calls < LIMIT, calls, jnp.nan)
+        """How many calls were pooled."""
+        return self.limbs()[..., 0]
 
     @property
-    def count(self) -> Float[Array, "*stack"]:
-        """Tokens kept by the mask, rounded to a float; pooled exactly to 2^34, nan from there."""
-        return _from_limbs(self.limbs()[..., 1:3])
+    def count(self) -> Int[Array, "*stack"]:
+        """Tokens kept by the mask, int32: exact up to 2^31 - 1."""
+        return from_limbs(self.limbs()[..., 1:3])
 
     @property
     def keep_rate(self) -> Float[Array, "*stack"]:
         """Kept tokens over all tokens, in [0, 1]; nan where nothing was seen."""
-        return self.count / _from_limbs(self.limbs()[..., 3:])
+        kept_high, kept_low, high, low = jnp.moveaxis(self.limbs()[..., 1:], -1, 0)
+        return (kept_high * BASE + kept_low) / (high * BASE + low)
 
     def __add__(self: P, other: P) -> P:
         if jax.tree.structure(self) != jax.tree.structure(other):
@@ -69,7 +74,7 @@ class Pool(eqx.Module):
                 f"only statistics of the same weight matrix pool; got {type(self).__name__} and "
                 f"{type(other).__name__} of different kind or width: keep one per layer."
             )
-        return self._plus(other)._carried()
+        return jax.tree.map(jnp.add, self, other)._carried()
 
     def __radd__(self: P, other: int) -> P:
         # 0 + self, so that the built-in sum pools a list.
@@ -80,7 +85,7 @@ class Pool(eqx.Module):
     def sum(self: P, axis: int | tuple[int, ...] = 0) -> P:
         """Pool over the leading axes that vmap or scan stacked (axis counts from the front)."""
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
-        stacked = self.limbs().ndim - 1
+        stacked = self.calls.ndim
         if not all(0 <= a < stacked for a in axes):
             raise ValueError(
                 f"axis must name stacked axes, from 0 to {stacked - 1} here; got {axis}."
@@ -88,9 +93,6 @@ class Pool(eqx.Module):
                 else "nothing to sum: these statistics have no stacked axis (one call, one matrix)."
             )
         return jax.tree.map(lambda leaf: jnp.sum(leaf, axes), self)._carried()
-
-    def _plus(self: P, other: Any) -> P:
-        return jax.tree.map(jnp.add, self, other)
 
     @abc.abstractmethod
     def _with(self: P, counts: Float[Array, "*stack 5"]) -> P:
@@ -103,8 +105,3 @@ class Pool(eqx.Module):
             carry = jnp.floor(limbs[i + 1] / BASE)
             limbs[i : i + 2] = limbs[i] + carry, limbs[i + 1] - carry * BASE
         return self._with(jnp.stack([calls, *limbs], axis=-1))
-
-
-def _from_limbs(limbs: Float[Array, "*stack 2"]) -> Float[Array, "*stack"]:
-    high, low = limbs[..., 0], limbs[..., 1]
-    return jnp.where(high < LIMIT, high * BASE + low, jnp.nan)

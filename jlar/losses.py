@@ -92,7 +92,7 @@ def cross_entropy(
         >>> labels = jax.numpy.arange(64).at[0].set(-100)
         >>> step = jax.jit(jax.value_and_grad(jlar.losses.cross_entropy, (0, 1), has_aux=True))
         >>> (loss, energies), (dW, dX) = step(W, X, labels)
-        >>> print(f"{loss:.3f} {energies.lar:.3f} {energies.count:.0f} {dW.shape}")
+        >>> print(f"{loss:.3f} {energies.lar:.3f} {energies.count} {dW.shape}")
         4.180 0.503 63 (64, 64)
     """
     if reduction not in ("mean", "sum", "none"):

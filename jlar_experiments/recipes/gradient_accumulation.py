@@ -50,7 +50,7 @@ def main(steps: int = 40) -> dict[str, Any]:
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     for path, e in lars.items():
         mean = jnp.mean(each[path].lar)
-        print(f"{path}: LAR of all {e.count:.0f} tokens {e.lar:.4f} (a mean of 4 LARs: {mean:.4f})")
+        print(f"{path}: LAR of all {e.count} tokens {e.lar:.4f} (a mean of 4 LARs: {mean:.4f})")
     return {"losses": losses, "lar": lars["up"].lar, "W": before["up"].T, "X": x}
 
 
