@@ -18,8 +18,8 @@ import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]  (not a dependency)
 
-from jlar_experiments.grokking.config import GrokConfig
 from jlar_experiments.grokking import train
+from jlar_experiments.grokking.config import GrokConfig
 
 CONFIG = GrokConfig()
 LOGGED = 20  # epochs per log

@@ -33,11 +33,16 @@ class Checkpoints:
     def __init__(self, folder: Path):
         folder.mkdir(exist_ok=True)
         self._folder = folder
-        self._checkpointer = ocp.training.Checkpointer(
-            str(folder.resolve()),
-            preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(KEPT)),
-            cleanup_tmp_directories=True,
-        )
+        context = ocp.Context()
+        # Made in the background, a folder that cannot be made is waited for, 20 minutes long.
+        context.asynchronous.create_directories_asynchronously = False
+        with _quietly():
+            self._checkpointer = ocp.training.Checkpointer(
+                str(folder.resolve()),
+                context=context,
+                preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(KEPT)),
+                cleanup_tmp_directories=True,
+            )
 
     def save(self, step: int, state: Any) -> None:
         """Start to save; waits only for a save that is still under way.
@@ -81,8 +86,8 @@ class Checkpoints:
             digested, why = _attempt(lambda step=step: self._digested(step))
             if not (why or found):
                 state, why = _attempt(lambda step=step: self._loaded(step, like))
-                if not why:
-                    _, why = _attempt(lambda s=state, step=step, d=digested: _check(s, step, d))
+                if not why and int(digest(state, step)) != digested:
+                    why = "its arrays are not those that were saved"
                 found = None if why else (step, state)
             if why:
                 aside = unused(self._folder / f"{step}.damaged")
@@ -166,11 +171,6 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:
     return result, next(filter(None, hosts.lines(why)), "")
 
 
-def _check(state: Any, step: int, digested: int) -> None:
-    if int(digest(state, step)) != digested:
-        raise ValueError("its arrays are not those that were saved")
-
-
 @jax.jit
 def digest(state: Any, step: int) -> UInt32[Array, ""]:
     """A number that any change within one entry of the state changes, and others all but surely.
@@ -210,10 +210,10 @@ def _quietly() -> Iterator[None]:
     levels, hook = [each.level for each in LOUD], sys.unraisablehook
     for each in LOUD:
         each.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
     try:
         yield
     except Exception:
-        sys.unraisablehook = lambda _: None
         gc.collect()  # of tasks that nobody has waited for, which tell of it when they go
         raise
     finally:

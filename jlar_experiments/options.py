@@ -20,8 +20,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, exit code 2."""
-        one_line = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {one_line} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
+
+
+def printable(text: str) -> str:
+    """The text on one line, with control characters escaped: no file can steer a terminal."""
+    line = " ".join(text.split())
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
 
 
 def add_settings(group: Any, settings: type, *, given_only: bool = False) -> None:

@@ -145,14 +145,27 @@ def keep(
         Refusal: other rows would stay than are due. The message names file and line; nothing is
             changed.
     """
+
+    def judged(
+        path: Path, lines: list[tuple[bytes, Row]], judge: Callable[[Row], Any]
+    ) -> list[Any]:
+        found = []
+        for number, (_, row) in enumerate(lines, start=1):
+            try:
+                found.append(judge(row))
+            except (KeyError, TypeError):
+                raise Refusal(
+                    f"{path}, line {number} is not a record of this run; {RESTORE}"
+                ) from None
+        return found
+
     lines, ahead = _lines(path), path.with_suffix(".ahead.jsonl")
-    try:
-        stay = [wanted(row) for _, row in lines]
-        _check(path, [row for _, row in lines], stay, place, due)
-        out = [each for each, stays in zip(lines, stay, strict=True) if not stays]
-        left = [each for each in [*_lines(ahead), *out] if not (passed or wanted)(each[1])]
-    except (KeyError, TypeError) as error:
-        raise Refusal(f"{path} has a row without {error}; {RESTORE}") from error
+    stay, places = judged(path, lines, wanted), judged(path, lines, place)
+    _check(path, stay, places, due)
+    out = [each for each, stays in zip(lines, stay, strict=True) if not stays]
+    former = [*_lines(ahead), *out]
+    gone = judged(ahead, former, passed or wanted)
+    left = [each for each, past in zip(former, gone, strict=True) if not past]
     if out or regular(ahead):
         write_whole(ahead, "".join(f"{text.decode()}\n" for text in dict(left)))
     kept = [each for each, stays in zip(lines, stay, strict=True) if stays]
@@ -162,26 +175,20 @@ def keep(
 
 
 def _check(
-    path: Path,
-    rows: list[Row],
-    stay: list[bool],
-    place: Callable[[Row], Place],
-    due: Mapping[Any, Iterable[Any]],
+    path: Path, stay: list[bool], places: list[Place], due: Mapping[Any, Iterable[Any]]
 ) -> None:
-    waiting = {series: iter(places) for series, places in due.items()}
-    for number, (row, stays) in enumerate(zip(rows, stay, strict=True), start=1):
-        if stays:
-            series, there = place(row)
-            expected = next(waiting.get(series, iter(())), None)
-            if there != expected:
-                raise Refusal(
-                    f"{path}, line {number}: {_shown(there)} is there where "
-                    f"{_shown(expected)} is due; {RESTORE}"
-                )
-    for places in waiting.values():
-        for missing in places:
+    waiting = {series: iter(expected) for series, expected in due.items()}
+    for number, (stays, (series, there)) in enumerate(zip(stay, places, strict=True), start=1):
+        expected = next(waiting.get(series, iter(())), None) if stays else there
+        if there != expected:
             raise Refusal(
-                f"{path}, line {len(rows) + 1}: {_shown(missing)} is missing, which the "
+                f"{path}, line {number}: {_shown(there)} is there where {_shown(expected)} is "
+                f"due; {RESTORE}"
+            )
+    for rest in waiting.values():
+        for missing in rest:
+            raise Refusal(
+                f"{path}, line {len(stay) + 1}: {_shown(missing)} is missing, which the "
                 f"checkpoint has passed; {RESTORE}"
             )
 

@@ -52,8 +52,12 @@ def write(folder: Path) -> str:
     Raises:
         Refusal: the folder holds no records of a run, or such as nothing can be drawn of.
     """
-    name = study(folder)
-    if name is None or not any(folder.glob("metrics.jsonl")) | any(folder.glob("*/metrics.jsonl")):
+    from .folder import read
+
+    name = (read(folder) or {}).get("study")
+    if name not in STUDIES or not any(folder.glob("metrics.jsonl")) | any(
+        folder.glob("*/metrics.jsonl")
+    ):
         raise Refusal(f"{folder} holds no records of a run")
     module = importlib.import_module(STUDIES[name], __package__)
     try:

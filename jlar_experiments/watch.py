@@ -1,13 +1,14 @@
 """The command `jlar watch`: what LAR says of a log, anybody's, finished or growing."""
 
 import argparse
+import contextlib
 import json
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from .options import Parser
+from .options import Parser, printable
 
 POLL = 1.0  # seconds between looks at a growing log
 
@@ -15,9 +16,12 @@ DESCRIPTION = """\
 Say what the log-alignment ratio (LAR) says of a training run, from its log alone:
 rising, settled, declining, or deviating from a baseline since step N.
 
-LOG is CSV or JSONL, one row per logged step, with columns for the step and for LAR
-(and for the training loss, if there is one). The names that jlar, W&B and
-TensorBoard give to them in what they export are found without being named.
+LOG has a step and a LAR, and the training loss if there is one, in a form that a
+tracker or a trainer writes: separated values; JSON, as lines, an array, columns or a
+trainer_state.json; log lines with names and numbers; all these also as .gz; Parquet
+and TensorBoard event files (pip install 'jlar[logs]'); a run's folder; - for standard
+input. Columns are found by their usual names; which were read, and what was left
+out, is said.
 
 An alarm is a sign of overfitting:
   deviation     LAR is below the baseline's at the same step
@@ -45,7 +49,7 @@ def register(commands: Any) -> None:
         epilog=EPILOG,
     )
     parser.set_defaults(command=watch, parser=parser)
-    parser.add_argument("log", type=Path, metavar="LOG", help="the run's log: CSV or JSONL")
+    parser.add_argument("log", type=Path, metavar="LOG", help="the run's log, or its folder")
     parser.add_argument("--baseline", type=Path, metavar="LOG", help="log of a run to compare with")
     parser.add_argument(
         "--n",
@@ -54,14 +58,25 @@ def register(commands: Any) -> None:
         help="input width of the layer, for grokking [from LAR and k, if logged]",
     )
     columns = parser.add_argument_group("columns, where they have other names")
-    columns.add_argument("--step-column", metavar="NAME", help="step [step, Step, _step, ...]")
-    columns.add_argument("--lar-column", metavar="NAME", help="LAR [lar, RUN - lar, Value]")
+    columns.add_argument("--step-column", metavar="NAME", help="step [global_step, step, ...]")
+    columns.add_argument("--lar-column", metavar="NAME", help="LAR [lar, RUN - lar, Value, ...]")
     columns.add_argument("--loss-column", metavar="NAME", help="training loss [train_loss, ...]")
     columns.add_argument(
         "--baseline-column", metavar="NAME", help="LAR in the baseline's log [as in LOG]"
     )
     columns.add_argument(
-        "--only", type=_condition, metavar="COLUMN=VALUE", help="leave out all other rows"
+        "--only",
+        type=_condition,
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="leave out all other rows; may be given again",
+    )
+    columns.add_argument(
+        "--pattern",
+        metavar="REGEX",
+        help="of log lines: a regular expression with groups (?P<step>...), (?P<lar>...), "
+        "(?P<loss>...)",
     )
     output = parser.add_argument_group("what to do")
     output.add_argument("--json", action="store_true", help="print one JSON object")
@@ -69,7 +84,8 @@ def register(commands: Any) -> None:
     output.add_argument(
         "--follow",
         action="store_true",
-        help="go on while the log grows, until an alarm (exit code 3) or Ctrl-C",
+        help="go on while the log grows, until an alarm (exit code 3) or Ctrl-C; it may be missing "
+        "or unreadable for a while",
     )
 
 
@@ -82,11 +98,13 @@ def _condition(text: str) -> tuple[str, str]:
 
 def watch(arguments: argparse.Namespace) -> int:
     """`jlar watch`: read, judge, say."""
-    from .monitoring import logs
+    from . import logs
 
     parser: Parser = arguments.parser
     if arguments.n is not None and arguments.n < 2:
         parser.error(f"--n is the input width of the layer and at least 2; got {arguments.n}")
+    if arguments.follow and str(arguments.log) == "-":
+        parser.error("--follow needs a file: standard input is read to its end")
     try:
         found = _follow(arguments) if arguments.follow else _once(arguments)
     except (logs.Unusable, OSError) as error:
@@ -102,74 +120,73 @@ def _once(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _follow(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Judge the whole log again whenever it has grown: no state but the file, so none to lose."""
-    from .monitoring.logs import Unusable
+    """Judge the whole log again whenever it has changed: no state but the file, so none to lose.
 
-    baseline, size, found, said = _baseline(arguments), -1, None, None
+    A log that cannot be read now may be in the next moment: it is missing, has just begun, or is
+    being written anew. Why not is said, and waited for.
+    """
+    from .logs import Unusable
+
+    baseline, seen, found, said = _baseline(arguments), None, None, None
     while not (found and found["alarm"]):
         try:
-            if (now := arguments.log.stat().st_size) != size:
-                size = now
-                try:
-                    found = _judged(arguments, _read(arguments), baseline)
-                except Unusable:
-                    if found is not None or b"\n" in arguments.log.read_bytes()[:-1]:
-                        raise  # not merely a log that has just begun
-                    continue
-                if not arguments.json and found["says"] != said:
-                    said = found["says"]
-                    print(f"step {found['step']}: {said}, LAR {found['lar']:.3f}", file=sys.stderr)
+            if (now := _state(arguments.log)) == seen:
+                time.sleep(POLL)
                 continue
-            time.sleep(POLL)
+            seen = now
+            try:
+                found = _judged(arguments, _read(arguments), baseline)
+                says, more = found["says"], f"step {found['step']}: {found['says']}, "
+                more += f"LAR {found['lar']:.3f}"
+            except (Unusable, OSError) as error:
+                says = more = f"waiting: {error}"
+            if not arguments.json and says != said:
+                said = says
+                print(printable(more), file=sys.stderr)
         except KeyboardInterrupt:
             break
     if found is None:
-        raise Unusable(f"{arguments.log} holds no rows yet")
+        raise Unusable(said or f"{arguments.log} was not read")
     _say(arguments, found)
     return found
 
 
-def _read(arguments: argparse.Namespace) -> Any:
-    from .monitoring import logs
+def _state(log: Path) -> list[Any]:
+    """What changes when a file or a folder is written to."""
+    paths = [log, *log.rglob("*")] if log.is_dir() else [log]
+    with contextlib.suppress(OSError):
+        each = [path.stat() for path in paths]
+        return [(at.st_ino, at.st_size, at.st_mtime_ns) for at in each]
+    return ["missing"]
 
-    return logs.read(
-        arguments.log,
-        step=arguments.step_column,
-        lar=arguments.lar_column,
-        train_loss=arguments.loss_column,
-        only=arguments.only,
-        growing=arguments.follow,
-    )
+
+def _read(arguments: argparse.Namespace) -> Any:
+    from . import logs
+
+    return logs.read(arguments.log, growing=arguments.follow, **_columns(arguments))
+
+
+def _columns(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "step": arguments.step_column,
+        "lar": arguments.lar_column,
+        "loss": arguments.loss_column,
+        "only": arguments.only,
+        "pattern": arguments.pattern,
+    }
 
 
 def _baseline(arguments: argparse.Namespace) -> Any:
     """The baseline; its columns are those named if it has them, and the usual ones if not."""
     if arguments.baseline is None:
         return None
-    import numpy as np
+    from . import logs
 
-    import jlar
-
-    from .monitoring import logs
-
-    wanted = {
-        "step": arguments.step_column,
-        "lar": arguments.baseline_column or arguments.lar_column,
-        "train_loss": arguments.loss_column,
-    }
-    there = logs.names(arguments.baseline)
+    options, optional = _columns(arguments), {"step", "lar", "loss", "only", "pattern"}
     if arguments.baseline_column is not None:
-        there.append(arguments.baseline_column)  # asked for: if it is missing, reading says so
-    named: dict[str, Any] = {
-        column: name if name in there else None for column, name in wanted.items()
-    }
-    only = arguments.only if arguments.only and arguments.only[0] in there else None
-    log = logs.read(arguments.baseline, only=only, **named)
-    loss = log.train_loss if np.isfinite(log.train_loss).any() else None
-    try:
-        return jlar.Baseline.from_points(log.step, log.lar, loss)
-    except ValueError as error:
-        raise logs.Unusable(f"{arguments.baseline}: {error}") from None
+        options["lar"] = arguments.baseline_column
+        optional.remove("lar")
+    return logs.baseline(arguments.baseline, optional=optional, **options)
 
 
 def _judged(arguments: argparse.Namespace, log: Any, baseline: Any) -> dict[str, Any]:
@@ -177,17 +194,21 @@ def _judged(arguments: argparse.Namespace, log: Any, baseline: Any) -> dict[str,
 
     from .monitoring.verdict import verdict, watched
 
-    monitor = jlar.Monitor.init(n=arguments.n or log.width)
+    monitor = jlar.Monitor.init(n=arguments.n or log.n)
     monitor, points = watched(monitor, log, baseline)
     found = verdict(monitor, log, baseline)
     if arguments.plot is not None:
         from .monitoring.figure import draw
 
         draw(arguments.plot, arguments.log.name, log, points, found)
-    return found
+    return found | {"log": str(arguments.log), "notes": list(log.notes)}
 
 
 def _say(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
     from .monitoring.verdict import paragraph
 
-    print(json.dumps({"log": str(arguments.log)} | found) if arguments.json else paragraph(found))
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print(printable(paragraph(found)))
+        print(printable(f"{found['log']} was {'; '.join(found['notes'])}."))

@@ -89,9 +89,9 @@ def layer_inputs(model: Decoder, tokens: Int[Array, "b t"]) -> dict[str, list[nd
         for name in path.split("."):
             layer = getattr(layer, name)
         weight = np.asarray(layer.weight, np.float64)
-        bias = 0 if layer.bias is None else np.asarray(layer.bias, np.float64)
+        bias = np.asarray(0 if layer.bias is None else layer.bias, np.float64)
         if weight.ndim == 3:
-            weight, bias = weight[len(rows)], bias[len(rows)] if layer.bias is not None else 0
+            weight, bias = weight[len(rows)], bias[len(rows)] if bias.ndim else bias
         rows.append(x)
         return x @ weight.T + bias
 

@@ -454,7 +454,7 @@ def test_a_direction_drawn_per_leaf():
     noisy = eqx.tree_at(
         lambda m: [layer.bias for layer in m.layers],
         mlp(),
-        [layer.bias + b for layer, b in zip(mlp().layers, biases[1::2], strict=True)],
+        [jnp.add(layer.bias, b) for layer, b in zip(mlp().layers, biases[1::2], strict=True)],
     )
     assert_right(loss, of_mlp(noisy, ROWS), mlp(), ROWS, KEYS[3])
 
@@ -565,7 +565,7 @@ def test_a_convolution_is_a_product_with_patches():
 class Scaled(eqx.nn.Linear):
     """A subclass that computes something of its own."""
 
-    def __call__(self, x: Float[Array, "n"], *, key: None = None) -> Float[Array, "m"]:
+    def __call__(self, x: Float[Array, "n"], *, key: Array | None = None) -> Float[Array, "m"]:
         return 2 * super().__call__(x)
 
 

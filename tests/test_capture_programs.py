@@ -782,6 +782,7 @@ class Draft:
             m = m or self.one_of(*WIDTHS)
             form = self.one_of(*(form for form in FORMS if self.fits(form, n, m, tokens)))
             weight = self.weight(FORMS[form].shape(n, m))
+        assert m is not None
         self.used.append((weight, form, n, m))
         self.narrow |= form == "bfloat16 operands"
         return dense(form, weight, self.site(), self.one_of(0, 2, 3)), m
@@ -944,8 +945,8 @@ def of_broadcast(p: dict, a: ndarray) -> ndarray:
 
 def of_dynamic_slice(p: dict, a: ndarray, *starts: ndarray) -> ndarray:
     ends = np.subtract(a.shape, p["slice_sizes"])
-    starts = np.clip([int(start) for start in starts], 0, ends)
-    return a[tuple(map(slice, starts, np.add(starts, p["slice_sizes"])))]
+    first = np.clip([int(start) for start in starts], 0, ends)
+    return a[tuple(map(slice, first, np.add(first, p["slice_sizes"])))]
 
 
 def of_pad(p: dict, a: ndarray, value: ndarray) -> ndarray | None:

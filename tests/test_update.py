@@ -61,7 +61,7 @@ def test_the_bound_on_omega_at_random_initialisation(m, n):
 
 def test_pooled_before_the_logarithm():
     W0, W, X0, X = before_and_after()
-    X = X * jnp.arange(1.0, 31)[:, None]
+    X = X * jnp.arange(1.0, 31, dtype=X.dtype)[:, None]
     per_token = jax.vmap(lambda X0, X: update_alignment(W0, W, X0, X))(X0, X)
     pooled = update_alignment(W0, W, X0, X)
     for mean, value in zip(map(jnp.mean, per_token), pooled, strict=True):

@@ -93,9 +93,9 @@ class Ensemble:
         try:
             if self.epoch():
                 say(f"continuing from epoch {self.epoch()}")
-            self._log([each for each in self.members if each.line.epoch < 0], 0.0)
-            self._save(force=True)
             with stops() as stop:
+                self._log([each for each in self.members if each.line.epoch < 0], 0.0)
+                self._save(force=True)
                 while (live := self._live()) and time.monotonic() < until and not stop():
                     rows = self._log(live, self._advance(live))
                     self._save(force=False)

@@ -33,7 +33,8 @@ from jlar._trend import Window
 from .. import records, report
 from ..grokking import analysis, dating, results
 from ..grokking.paper import STUDY
-from . import logs, verdict
+from ..logs import Log
+from . import verdict
 
 NOISES = jlar.Thresholds().noises
 SHORT = 40  # epochs of the runs of figure 9, which end before anything can grok
@@ -116,10 +117,9 @@ def excess(run: Run, base: Run, name: str) -> Float[np.ndarray, "rows"]:
 def own_alarms(run: Run, base: Run | None) -> dict[str, float | None]:
     """Steps at which the monitor as it is rings first, by signal, and for any of them."""
 
-    def log(each: Run) -> logs.Log:
-        nothing = np.full(len(each.columns["step"]), np.nan)
-        columns = (each.columns[name] for name in ("step", "lar", "train_loss"))
-        return logs.Log(*columns, k=nothing, unreadable=0)
+    def log(each: Run) -> Log:
+        step, lar, loss = (each.columns[name] for name in ("step", "lar", "train_loss"))
+        return Log(step, lar, loss)
 
     baseline = None
     if base is not None:
@@ -188,7 +188,7 @@ def grokking(runs: list[analysis.Run]) -> dict[str, dict[str, str]]:
         for line in run.seeds.values() if run.config.epochs > SHORT else ():
             epochs, lar = dating.series(line, "lar")
             loss = dating.series(line, "train_loss")[1]
-            log = logs.Log(epochs, lar, loss, k=np.full(len(epochs), np.nan), unreadable=0)
+            log = Log(epochs, lar, loss)
             monitor, _ = verdict.watched(jlar.Monitor.init(n=run.config.width), log, None)
             said = verdict.verdict(monitor, log, None)["signals"]
             for name in ("grokking", "decline"):

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .logs import Log
+from ..logs import Log
 from .verdict import OVERFITTING, Points
 
 LAR, BASELINE, ALARM = "#1f4e9c", "#888888", "#c0392b"

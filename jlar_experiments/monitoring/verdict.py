@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 import jlar
 
-from .logs import Log
+from ..logs import Log
 
 OVERFITTING = ("deviation", "matched_loss", "decline")
 SIGNALS = (*OVERFITTING, "grokking")
@@ -53,7 +53,7 @@ def watched(
 ) -> tuple[jlar.Monitor, Points]:
     """The monitor after the rows of a log, and its levels and thresholds after each of them."""
     count = len(log.step)
-    columns = [np.asarray(each, np.float32) for each in (log.step, log.lar, log.train_loss)]
+    columns = [np.asarray(each, np.float32) for each in (log.step, log.lar, log.loss)]
     nothing = np.full(count, np.nan, np.float32)
     at_step = nothing if baseline is None else np.asarray(baseline.at_step(columns[0]))
     at_loss = nothing if baseline is None else np.asarray(baseline.at_loss(columns[2]))
@@ -101,7 +101,6 @@ def verdict(monitor: jlar.Monitor, log: Log, baseline: jlar.Baseline | None) -> 
         "points": int(known.sum()),
         "lar_not_finite": int(monitor.ignored),
         "replayed": int(monitor.replayed),
-        "unreadable_lines": log.unreadable,
         "baseline": None if baseline is None else _compared(monitor, log, baseline),
     }
 
@@ -122,7 +121,7 @@ def _compared(monitor: jlar.Monitor, log: Log, baseline: jlar.Baseline) -> dict[
     reach = {}
     for name, at in (
         ("same_step_until", baseline.at_step(log.step.astype(np.float32))),
-        ("same_loss_until", baseline.at_loss(log.train_loss.astype(np.float32))),
+        ("same_loss_until", baseline.at_loss(log.loss.astype(np.float32))),
     ):
         inside = np.isfinite(np.asarray(at)) & np.isfinite(log.lar)
         reach[name] = _whole(float(log.step[inside].max())) if inside.any() else None
@@ -148,7 +147,6 @@ def paragraph(found: dict[str, Any]) -> str:
             f"{left:.0%} of what it was at memorisation, the mark of grokking; no alarm."
         )
     counts = {
-        "lines could not be read": found["unreadable_lines"],
         "values of LAR were not finite": found["lar_not_finite"],
         "rows repeated a step that was known": found["replayed"],
     }

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jlar
 
 from .. import folder as folders
-from .. import hosts, records
+from .. import hosts, logs, records
 from ..checkpoint import Checkpoints, Foreign
 from ..errors import Refusal, Stopped
 from ..monitoring import live
@@ -282,9 +282,9 @@ def check(config: PretrainConfig, tokens: Path) -> None:
 def baseline(folder: Path) -> jlar.Baseline:
     """The run in a folder as a baseline; `Refusal` if there is none to compare with."""
     try:
-        return jlar.Baseline.from_jsonl(folder / "metrics.jsonl")
-    except (OSError, ValueError) as error:
-        raise Refusal(f"baseline {folder} holds no record of a run with LAR: {error}") from error
+        return logs.baseline(folder)
+    except (OSError, logs.Unusable) as error:
+        raise Refusal(f"there is no run to compare with: {error}") from error
 
 
 def tokens(config: PretrainConfig, root: Path) -> Path:

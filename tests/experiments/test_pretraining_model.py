@@ -209,7 +209,7 @@ def test_loss_falls_whatever_is_measured():
         config = changed(lar=lar, lr=0.01, steps=50)
         program = train.Program(config, sharding.mesh(1, jax.devices()[:1]))
         state = program.initial()
-        curve = []
+        curve, metrics = [], None
         for _ in range(10):
             state, metrics = program.step(state, BATCH)
             curve.append(float(metrics.loss))

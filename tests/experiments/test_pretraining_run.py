@@ -1,6 +1,7 @@
 """A pre-training run: killed, terminated, damaged, moved to another mesh, fed with bad data."""
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -15,10 +16,10 @@ import numpy as np
 import pytest
 
 import jlar
-from jlar_experiments import cli
+from jlar_experiments import cli, logs
 from jlar_experiments.checkpoint import Checkpoints, Foreign
 from jlar_experiments.errors import Stopped, Trouble
-from jlar_experiments.monitoring import logs, verdict
+from jlar_experiments.monitoring import verdict
 from jlar_experiments.pretraining import corpus, data, report, sharding, study, train
 from jlar_experiments.pretraining.config import PretrainConfig
 
@@ -214,8 +215,11 @@ def test_restores_onto_another_mesh(whole, config, tokens):
     for tensor, count in ((2, 4), (1, 1)):
         program = train.Program(config, sharding.mesh(tensor, jax.devices()[:count]))
         checkpoints = Checkpoints(whole / "checkpoints")
-        like = (program.abstract_state, jax.ShapeDtypeStruct((), "i4"))
-        step, (state, position) = checkpoints.newest(like, pytest.fail)
+        everywhere = jax.sharding.NamedSharding(program.mesh, jax.sharding.PartitionSpec())
+        position = jax.ShapeDtypeStruct((), "i4", sharding=everywhere)
+        found = checkpoints.newest((program.abstract_state, position), pytest.fail)
+        assert found is not None
+        step, (state, position) = found
         checkpoints.close()
         assert step == int(state.step) == int(position) == 30
         assert len(state.model.blocks.q.sharding.device_set) == count
@@ -328,6 +332,11 @@ def test_token_files_that_lie(tokens, tmp_path, capsys):
     ids[77] = 300
     ids.tofile(folder / "train.bin")
     where = [f"--corpus={folder}", f"--out={tmp_path / 'run'}"]
+    assert run("pretrain", *OPTIONS, *where) == 2
+    assert "train.bin is not what it was when it was made" in capsys.readouterr().err
+    stored = json.loads((folder / "tokens.json").read_text())
+    stored["sha256"]["train"] = hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()
+    (folder / "tokens.json").write_text(json.dumps(stored))
     assert run("pretrain", *OPTIONS, *where) == 2
     said = capsys.readouterr().err
     assert "--vocabulary must exceed every id" in said and "300" in said

@@ -32,7 +32,7 @@ def result(results: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
 
 
 def test_recipes_are_found():
-    assert len(NAMES) >= 10
+    assert len(NAMES) >= 13
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,3 +67,33 @@ def test_spectra_of_a_sharded_matrix_are_those_of_numpy(results):
 def test_dropout_draws_anew_in_each_step(results):
     seen = result(results, "with_nnx")
     assert seen["rest"]["dropout"]["rngs"]["count"][...] == len(seen["losses"])
+
+
+def test_padding_is_left_out(results):
+    seen = result(results, "padding_masks")
+    assert len(seen["X"]) == 78 and float(abs(seen["X"]).max()) < 50
+
+
+def test_the_monitor_in_a_step_rings_on_few_data_and_not_on_many(results):
+    seen = result(results, "monitor_in_a_step")
+    assert seen["monitor"].alarm and not seen["baseline"].alarm
+
+
+def test_a_tracker_gets_floats_by_name_and_tensorboard_a_file(results, tmp_path):
+    result(results, "tracking")
+    recipe = importlib.import_module("jlar_experiments.recipes.tracking")
+    logged = []
+
+    class Tracker(recipe.TensorBoard):
+        def log(self, scalars, step):
+            super().log(scalars, step)
+            logged.append((step, scalars))
+
+    tracker = Tracker(str(tmp_path))
+    with jax.numpy_dtype_promotion("standard"):
+        recipe.main(steps=21, tracker=tracker)
+    tracker.writer.close()
+    assert [step for step, _ in logged] == [0, 10, 20]
+    assert all(set(each) == {"loss", "lar/up", "lar/down"} for _, each in logged)
+    assert all(type(value) is float for _, each in logged for value in each.values())
+    assert b"lar/up" in next(tmp_path.iterdir()).read_bytes()

@@ -11,7 +11,7 @@ import pytest
 
 from jlar_experiments import cli
 from jlar_experiments import watch as command
-from jlar_experiments.monitoring import logs, runs
+from jlar_experiments.monitoring import runs
 
 STEPS = np.arange(50, 10_001, 50)
 
@@ -87,7 +87,8 @@ def test_json_is_one_object_with_every_signal(falling, steady, capsys):
 def test_paragraph(falling, steady, capsys):
     assert run(falling, "--baseline", steady) == 3
     said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "ALARM (deviation) since step" in said and "declining" in said
+    assert said.count("\n") == 2 and "LAR 'lar', no training loss; 200 rows" in said
+    assert "ALARM (deviation) since step" in said and "declining" in said
     assert run(steady) == 0
     assert "No alarm" in capsys.readouterr().out
 
@@ -135,53 +136,6 @@ def test_run_and_baseline_in_one_export(tmp_path, capsys):
     assert "no column 'c'" in capsys.readouterr().err
 
 
-def test_order_of_the_rows_does_not_matter(tmp_path, capsys):
-    found = []
-    for order in (slice(None), slice(None, None, -1)):
-        log = table(tmp_path / "log.csv", {"step": STEPS[order], "lar": lar("adam_200M")[order]})
-        assert run(log, "--json") == 3
-        found.append(json.loads(capsys.readouterr().out))
-    assert found[0] == found[1]
-
-
-def test_rows_of_losses_between_rows_of_lar(tmp_path):
-    path = tmp_path / "sparse.jsonl"
-    rows = [{"step": 1, "train_loss": 5.0}, {"step": 2, "lar": 0.5}, {"step": 3, "lar": None}]
-    rows += [{"step": 4, "train_loss": 4.0, "lar": 0.6}, {"step": 5, "lar": float("nan")}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = logs.read(path)
-    np.testing.assert_array_equal(log.step, [2, 4, 5])
-    np.testing.assert_array_equal(log.train_loss, [5, 4, 4])
-    np.testing.assert_array_equal(log.lar, [0.5, 0.6, np.nan])
-
-
-def test_unreadable_lines_are_counted(falling, tmp_path, capsys):
-    lines = falling.read_text().splitlines()
-    lines[20:20] = ["garbage", "1000,not a number", "1,2,3"]
-    falling.write_text("\n".join([*lines, "10050,0."]))  # the last one is torn, and a number
-    assert run(falling, "--json") == 3
-    assert json.loads(capsys.readouterr().out)["unreadable_lines"] == 3
-    assert run(falling) == 3
-    assert "3 lines could not be read" in capsys.readouterr().out
-    torn = jsonl(tmp_path / "torn.jsonl", step=STEPS.tolist(), lar=list(lar("adam_100B")))
-    torn.write_text(torn.read_text() + '{"step": 10050, "la\n[1]\n{"step": 10100, "lar": NaN}\n')
-    assert run(torn, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["unreadable_lines"] == 2 and found["lar_not_finite"] == 1
-
-
-def test_a_restarted_run(tmp_path, capsys):
-    values = lar("muon_400M")
-    order = np.concatenate([np.arange(120), np.arange(80, 200)])
-    log = table(tmp_path / "again.csv", {"step": STEPS[order], "lar": values[order]})
-    assert run(log, "--json") == 3
-    again = json.loads(capsys.readouterr().out)
-    plain = table(tmp_path / "plain.csv", {"step": STEPS, "lar": values})
-    assert run(plain, "--json") == 3
-    once = json.loads(capsys.readouterr().out)
-    assert again["replayed"] == 40 and again["signals"] == once["signals"]
-
-
 def test_the_width_from_k_and_grokking_is_good_news(tmp_path, capsys):
     epochs = np.arange(20, 1001, 20)
     values = 0.6 + 0.12 / (1 + np.exp(-(epochs - 500) / 50))
@@ -213,11 +167,11 @@ BAD = [
     (["{log}", "--n", "abc"], "--n"),
     (["{log}", "--only", "seed"], "COLUMN=VALUE"),
     (["{log}", "--only", "seed=1"], "has no column 'seed'"),
-    (["{log}", "--only", "step=7"], "no row of"),
+    (["{log}", "--only", "step=7"], "no row with 'step'"),
     (["{empty}"], "holds no rows"),
     (["{other}"], "has no column 'lar'; it has 'step', 'accuracy': name it by --lar-column"),
     (["{two}"], "several columns for --lar-column: 'a - lar', 'b - lar'"),
-    (["{seeds}"], "holds 2 seeds: choose one with --only seed=0"),
+    (["{seeds}"], "choose one with --only seed=0"),
     (["{log}", "--baseline", "{point}"], "two or more different steps"),
     ([], "LOG"),
 ]
@@ -237,13 +191,6 @@ def test_bad_input_is_one_line(arguments, named, falling, tmp_path, capsys):
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and said.err.startswith("jlar watch: error")
     assert named in said.err
-
-
-def test_one_seed_of_several(tmp_path, capsys):
-    both = np.repeat(STEPS, 2), np.tile([0, 1], 200)
-    values = np.stack([lar("muon_400M"), lar("muon_100B")], axis=1).ravel()
-    log = table(tmp_path / "seeds.csv", {"step": both[0], "seed": both[1], "lar": values})
-    assert run(log, "--only", "seed=0") == 3 and run(log, "--only", "seed=1") == 0
 
 
 def test_plot(falling, steady, tmp_path):
@@ -268,10 +215,43 @@ def test_follow_ends_at_the_alarm(falling, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command.time, "sleep", grow)
     assert run(log, "--follow", "--json") == 3
     found = json.loads(capsys.readouterr().out)
-    assert found["step"] == found["first_alarm_step"] and found["unreadable_lines"] == 0
+    assert found["step"] == found["first_alarm_step"]
     assert run(falling, "--json") == 3
     assert json.loads(capsys.readouterr().out)["first_alarm_step"] == found["first_alarm_step"]
     assert len(slept) > 10
+
+
+def test_follow_outlives_what_happens_to_files(falling, tmp_path, monkeypatch, capsys):
+    text = falling.read_text()
+    header, log = text.splitlines(keepends=True)[0], tmp_path / "log.csv"
+    steps = [
+        lambda: log.write_text(""),
+        lambda: log.write_text(header),
+        lambda: log.write_text(text[:400]),
+        lambda: log.unlink(),
+        lambda: log.write_text("step,los"),
+        lambda: log.rename(tmp_path / "log.csv.1"),
+        lambda: log.mkdir(),
+        lambda: log.rmdir(),
+        lambda: log.write_bytes(b"\0\xff\0\1" * 99),
+        lambda: log.write_text(text),
+    ]
+    monkeypatch.setattr(command.time, "sleep", lambda seconds: steps.pop(0)())
+    assert run(log, "--follow") == 3 and not steps
+    said = capsys.readouterr()
+    assert "ALARM" in said.out and "No such file" in said.err and "holds no rows" in said.err
+    assert all(line.startswith(("waiting: ", "step ")) for line in said.err.splitlines())
+
+
+def test_follow_of_nothing(tmp_path, monkeypatch, capsys):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.time, "sleep", interrupted)
+    assert run(tmp_path / "nowhere", "--follow") == 2
+    assert "No such file" in capsys.readouterr().err.splitlines()[-1]
+    assert run("-", "--follow") == 2
+    assert "--follow needs a file" in capsys.readouterr().err
 
 
 def test_follow_ends_at_ctrl_c(steady, monkeypatch, capsys):

@@ -1,0 +1,28 @@
+"""The partial correlation of D and the gap, and the published table of it."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from jlar_experiments.pretraining import beyond_loss
+
+
+def test_what_follows_from_the_losses_alone_is_taken_off():
+    x, noise = np.linspace(0, 1, 200), np.random.default_rng(0).normal(size=(2, 200))
+    r, low, high, independent = beyond_loss.partial(x**2 + noise[0], 3 - x + noise[1], x)
+    assert low < 0 < high and abs(r) < 0.2 and independent == pytest.approx(200, rel=0.1)
+    r, low, _, _ = beyond_loss.partial(x**2 + noise[0], x + noise[0] + noise[1], x)
+    assert low > 0.5 and r == pytest.approx(0.5**0.5, abs=0.1)
+
+
+def test_slow_noise_counts_for_fewer_independent_logs():
+    walk = np.cumsum(np.random.default_rng(1).normal(size=(2, 400)), axis=1)
+    _, _, _, independent = beyond_loss.partial(*walk, np.arange(400.0))
+    assert independent < 40
+
+
+def test_the_published_table_is_what_the_committed_logs_give():
+    with beyond_loss.TABLE.open(encoding="utf-8") as file:
+        published = list(csv.DictReader(file))
+    assert len(published) == 16 and published == beyond_loss.table()

@@ -1,0 +1,343 @@
+"""Errors at each file operation, flipped bits, strange folders: nothing is lost or made up."""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from faults import each_fault
+from jlar_experiments import cli, errors, folder, records, report
+from jlar_experiments.checkpoint import Checkpoints
+from jlar_experiments.errors import Trouble
+from jlar_experiments.grokking import ensemble, study
+from jlar_experiments.grokking import report as grok_report
+from jlar_experiments.grokking.config import GrokConfig
+
+# Of a call that fails orbax leaves tasks behind that nobody waits for.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore::{name}")
+    for name in ("pytest.PytestUnraisableExceptionWarning", "RuntimeWarning", "ResourceWarning")
+]
+
+STATE = {
+    "a": np.random.default_rng(0).standard_normal((30, 7)).astype(np.float32),
+    "b": {"flag": np.array(True), "count": np.int32(7), "half": np.ones(50, np.float16)},
+}
+LIKE = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, STATE))
+
+
+def saved(place: Path, *steps):
+    checkpoints = Checkpoints(place)
+    for step in steps:
+        checkpoints.save(step, jax.tree.map(lambda a, s=step: a + a.dtype.type(s), STATE))
+        checkpoints.wait()
+    checkpoints.close()
+    return place
+
+
+def newest(place: Path, said=None):
+    with contextlib.closing(Checkpoints(place)) as checkpoints:
+        return checkpoints.newest(LIKE, (said if said is not None else []).append)
+
+
+def whole(found):
+    """Whether the state is that which was saved under its step, to the bit."""
+    step, state = found
+    expected = jax.tree.map(lambda a: a + a.dtype.type(step), STATE)
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+    return all(np.asarray(one).tobytes() == np.asarray(two).tobytes() for one, two in pairs)
+
+
+def contents(place: Path):
+    """Every file and folder below, and what is in the files."""
+    return {
+        str(each.relative_to(place)): each.read_bytes() if each.is_file() else None
+        for each in sorted(place.rglob("*"))
+    }
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("two") / "checkpoints", 10, 20)
+
+
+def test_no_flipped_bit_goes_unnoticed(two, tmp_path):
+    """Where a flipped bit changes nothing (a time stamp), the state is that which was saved."""
+    chance, unnoticed, harmless = random.Random(0), [], 0
+    files = [each for each in sorted((two / "20").rglob("*")) if each.is_file()]
+    data = [each for each in files if each.parent.name == "d"]
+    for i in range(45):
+        file = chance.choice(data if i % 3 else files).relative_to(two)
+        place = Path(shutil.copytree(two, tmp_path / str(i)))
+        raw = bytearray((place / file).read_bytes())
+        bit = chance.randrange(8 * len(raw))
+        raw[bit // 8] ^= 1 << bit % 8
+        (place / file).write_bytes(raw)
+        said = []
+        found = newest(place, said)
+        assert found is not None
+        if not whole(found):
+            unnoticed.append((file, bit))
+        if found[0] == 20:
+            harmless += 1
+        else:
+            assert len(said) == 1 and "\n" not in said[0] and "20 is damaged" in said[0]
+            assert (place / "20.damaged").exists()
+        shutil.rmtree(place)
+    assert not unnoticed and harmless < 30
+
+
+def test_folders_of_somebody_else_are_not_deleted(two, tmp_path):
+    """Numbered folders beside checkpoints are renamed; a linked folder is refused."""
+    place = Path(shutil.copytree(two, tmp_path / "checkpoints"))
+    for year in ("3", "2021", "2022"):
+        (place / year).mkdir()
+        (place / year / "cat.jpg").write_bytes(b"cat")
+    found = newest(place)
+    assert found is not None and found[0] == 20
+    saved(place, 30, 40)
+    assert len(list(place.glob("*/cat.jpg"))) == 3
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.ENOSPC, "No space left on device"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes"),
+        ValueError("UNAVAILABLE: Error reading local file: Stale file handle"),
+    ],
+)
+def test_an_error_of_the_machine_touches_nothing(error, two, monkeypatch):
+    before = contents(two)
+    with contextlib.closing(Checkpoints(two)) as checkpoints:
+
+        def load(*_):
+            raise KeyError("incompatible handler") from error  # as orbax wraps it
+
+        monkeypatch.setattr(type(checkpoints._checkpointer), "load", load)
+        with pytest.raises(Trouble):
+            checkpoints.newest(LIKE, pytest.fail)
+    assert contents(two) == before
+
+
+def test_too_few_open_files_touch_nothing(two):
+    before, (soft, hard) = contents(two), resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    outcomes = set()
+    for more in range(20):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + more, hard))
+        try:
+            found = newest(two)
+            outcomes.add("loaded")
+            assert found is not None and found[0] == 20 and whole(found)
+        except Exception as error:
+            outcomes.add("refused")
+            assert errors.trouble(error), error
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert contents(two) == before
+    assert outcomes == {"loaded", "refused"}
+
+
+def test_faults_while_loading_touch_nothing(two):
+    before, count = contents(two), 0
+    for ended in each_fault(lambda: newest(two), errno.EIO):
+        assert ended is None or errors.trouble(ended), ended
+        assert contents(two) == before
+        count += 1
+    assert count > 3
+
+
+def test_faults_while_saving_leave_the_old_or_the_new(two, tmp_path):
+    copies = (Path(shutil.copytree(two, tmp_path / str(i))) for i in range(500))
+    ends, places = set(), [next(copies)]
+    for ended in each_fault(lambda: saved(places[-1], 30)):
+        assert ended is None or errors.trouble(ended), ended
+        said = []
+        found = newest(places[-1], said)
+        assert found is not None and whole(found)
+        # What orbax had half written, or half deleted because it was superseded, is set aside.
+        assert not said or (len(said) == 1 and f"checkpoint {found[0]} is" not in said[0])
+        ends.add(found[0])
+        places.append(next(copies))  # what has failed may still write into the last one
+    assert ends == {20, 30}
+
+
+ROWS = [{"step": i, "lar": i / 7} for i in range(6)]
+
+
+def kept(path, last):
+    due = {None: range(last)}
+    return records.keep(
+        path, lambda row: row["step"] < last, place=lambda r: (None, r["step"]), due=due
+    )
+
+
+def test_faults_in_records_leave_the_old_or_the_new(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for change, ends in (
+        (lambda: records.append(path, ROWS[4:]), (ROWS[:4], ROWS)),
+        (lambda: kept(path, 2), (ROWS[:4], ROWS[:2])),
+        (lambda: records.write_whole(path, '{"step": 9}\n'), (ROWS[:4], [{"step": 9}])),
+    ):
+        seen = []
+        path.unlink(missing_ok=True)
+        records.append(path, ROWS[:4])
+        for ended in each_fault(change):
+            assert ended is None or isinstance(ended, OSError)
+            assert records.read(path) in ends
+            seen.append(records.read(path))
+            ahead = path.with_suffix(".ahead.jsonl")
+            assert len(seen[-1]) > 2 or "step" in seen[-1][0] or records.read(ahead) == ROWS[2:4]
+            for each in tmp_path.iterdir():
+                each.unlink()
+            records.append(path, ROWS[:4])
+        assert all(end in seen for end in ends)
+
+
+SETTINGS = {"p": 7, "width": 8, "heads": 2, "layers": 1, "epochs": 20, "batch_size": 8}
+CONFIG = GrokConfig(**SETTINGS, log_every=5, seeds=2)
+OPTIONS = [
+    f"--{n.replace('_', '-')}={v}" for n, v in (SETTINGS | {"log_every": 5, "seeds": 2}).items()
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of `jlar grok` with its report."""
+    place = tmp_path_factory.mktemp("finished") / "run"
+    with study.opened(CONFIG, place):
+        assert ensemble.run(CONFIG, place, checkpoint_seconds=0)
+    report.write(place)
+    return place
+
+
+def run(*arguments):
+    """Exit code, whether the parser or the command gives it; tracebacks are raised."""
+    try:
+        return cli.main([str(each) for each in arguments])
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_faults_while_a_folder_is_opened_lose_nothing(finished, tmp_path):
+    longer = dataclasses.replace(CONFIG, epochs=25)
+    for number, (config, fresh) in enumerate(((CONFIG, False), (longer, False), (CONFIG, True))):
+        place = tmp_path / str(number)
+        shutil.copytree(finished, place)
+
+        def attempt(place=place, config=config, fresh=fresh):
+            with study.opened(config, place, fresh=fresh):
+                pass
+
+        before = contents(finished)
+        for ended in each_fault(attempt):
+            assert ended is None or isinstance(ended, OSError)
+            there = list(contents(place).values())
+            same = (each for name, each in before.items() if fresh or name != "config.json")
+            assert all(each in there for each in same)
+            with study.opened(longer, place):  # it is a run's folder still
+                pass
+            shutil.rmtree(place)
+            shutil.copytree(finished, place)
+    new = tmp_path / "new" / "run"
+    for ended in each_fault(lambda: study.opened(CONFIG, new).__enter__()):
+        assert ended is None or isinstance(ended, OSError)
+        with study.opened(CONFIG, new):
+            assert folder.settings(new, "grok", GrokConfig)[1] == CONFIG
+        shutil.rmtree(new)
+
+
+def test_faults_while_drawing_leave_the_old_or_the_new(finished, tmp_path, monkeypatch):
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+
+    def draw(_, drafts):
+        for name in ("lar", "spectra"):
+            with (drafts / f"{name}.svg").open("w") as file:
+                file.write("<svg>new, and longer</svg>")
+        return {"lar": "caption"}
+
+    monkeypatch.setattr(grok_report, "draw", draw)
+    for name in ("lar", "spectra"):
+        (place / "figures" / f"{name}.svg").write_text("<svg>old</svg>")
+    (place / "report.html").write_text("old")
+    page_old = {"old", None}
+    for ended in each_fault(lambda: report.write(place)):
+        assert ended is None or isinstance(ended, OSError)
+        for name in ("lar", "spectra"):
+            drawn = (place / "figures" / f"{name}.svg").read_text()
+            assert drawn in ("<svg>old</svg>", "<svg>new, and longer</svg>")
+        written = (place / "report.html").read_text()
+        assert written in page_old or written.endswith("</html>\n")
+
+
+def test_one_process_per_folder(finished, tmp_path, capsys):
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = contents(place)
+    with study.opened(CONFIG, place):
+        for extra in ([], ["--fresh"]):
+            assert run("grok", *OPTIONS, f"--out={place}", *extra) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and "in use by another process" in said
+    assert contents(place) == before
+
+
+def test_fresh_sets_aside(finished, tmp_path, capsys):
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = contents(place)
+    assert run("grok", *OPTIONS, f"--out={place}", "--fresh", "--lr=0.01") == 0
+    aside = contents(place / "earlier")
+    assert all(aside[name] == text for name, text in before.items() if name != "lock")
+    assert run("grok", *OPTIONS, f"--out={place}", "--fresh") == 0
+    assert (place / "earlier-2" / "metrics.jsonl").exists()
+    assert (place / "metrics.jsonl").read_bytes().count(b"\n") == before["metrics.jsonl"].count(
+        b"\n"
+    )
+    assert run("report", place) == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda lines: lines[:-1], "line 10: 20 is missing"),
+        (lambda lines: lines[:3] + lines[4:], "line 5"),
+        (lambda lines: [], "line 1: 0 is missing"),
+        (lambda lines: [*lines[:3], b"garbage \xff", *lines[4:]], "line 4 is not a record"),
+        (lambda lines: [*lines[:3], b"[1]", *lines[4:]], "line 4 is not a record"),
+        (
+            lambda lines: [*lines[:3], b'{"epoch": "5"}', *lines[4:]],
+            "line 4 is not a record of this run",
+        ),
+    ],
+)
+def test_records_that_do_not_fit_the_checkpoint(damage, named, finished, tmp_path, capsys):
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    lines = (place / "metrics.jsonl").read_bytes().splitlines()
+    (place / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in damage(lines)))
+    before = contents(place)
+    assert run("grok", *OPTIONS, f"--out={place}") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "metrics.jsonl" in said and named in said
+    assert contents(place) == before
+
+
+def test_other_numbers_are_refused(finished, tmp_path, capsys):
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    with jax.enable_x64(True):
+        assert run("grok", *OPTIONS, f"--out={place}") == 2
+    assert "jax_enable_x64 False, not True" in capsys.readouterr().err
+    with jax.default_prng_impl("rbg"):
+        assert run("grok", *OPTIONS, f"--out={place}") == 2
+    assert "jax_default_prng_impl threefry2x32, not rbg" in capsys.readouterr().err

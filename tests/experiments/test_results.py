@@ -1,0 +1,43 @@
+"""What the results page says is what the committed records give."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+
+from jlar_experiments.pretraining import beyond_loss
+
+RESULTS = Path(beyond_loss.__file__).parents[1] / "results"
+PAGE = (RESULTS / "README.md").read_text(encoding="utf-8")
+
+
+def short(value: float) -> str:
+    return f"{value:.3f}".lstrip("0")
+
+
+def test_the_table_of_five_seeds():
+    lines = (RESULTS / "grok-x+y-50-seeds" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    points: dict[str, list[tuple[float, ...]]] = {"memorised": [], "grokked": [], "final": []}
+    for seed in range(5):
+        own = [row for row in rows if row["seed"] == seed]
+        known = [row for row in own if row["train_acc"] > 0.99]
+        groks = [row for row in known if row["val_acc"] > 0.99]
+        for name, row in zip(points, (known[0], groks[0], own[-1]), strict=True):
+            points[name].append((row["epoch"], row["lar"], row["k_pred"], row["k95"]))
+    for name, values in points.items():
+        mean, spread = np.mean(values, axis=0), np.std(values, axis=0, ddof=1)
+        cells = [f"{m:.0f} ± {s:.0f}" for m, s in zip(mean, spread, strict=True)]
+        cells[1] = f"{short(mean[1])} ± {short(spread[1])}"
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| {name} |"))
+        assert f"| {' | '.join(cells)} |" in line
+
+
+def test_the_table_of_what_lar_says_beyond_the_loss():
+    with beyond_loss.TABLE.open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["against"] == "baseline"]
+    for row in rows:
+        partial = f"{row['r of D given the losses']} ({row['95% interval']})"
+        cells = (f"{row['preset']}: {row['run']}", row["r of D"], row["r of losses"], partial)
+        assert f"| {' | '.join(cells)} | {row['independent']} |" in PAGE
