@@ -14,6 +14,9 @@ Axes = Mapping[str, str | tuple[str, ...]]
 """Mesh axes that split the tokens "t", outputs "m" and inputs "n" of (W, X) inside shard_map."""
 
 
+WHOLE = PartitionSpec()
+
+
 class Split(NamedTuple):
     """The mesh axes that split each dimension of what one device holds."""
 
@@ -33,7 +36,7 @@ class Split(NamedTuple):
 
     @property
     def gathered(self) -> tuple[str, ...]:
-        """What splits W's rows in storage alone (FSDP): it splits the tokens, so not Y's outputs."""
+        """What splits W's rows in storage alone (FSDP), because it splits the tokens of Y."""
         return tuple(a for a in self.m if a in self.t)
 
 
@@ -102,7 +105,7 @@ def vary_as(a: Array, *others: Array) -> Array:
     return jax.lax.pcast(a, tuple(missing), to="varying") if missing else a
 
 
-def unsharded(f: Callable[..., Any], out: Any = PartitionSpec()) -> Callable[..., Any]:
+def unsharded(f: Callable[..., Any], out: Any = WHOLE) -> Callable[..., Any]:
     """`f` with results that are whole on every device, or sharded as the specs `out` say.
 
     Where arguments carry explicit mesh axes, JAX refuses a product over a sharded axis, an eigh or
@@ -156,7 +159,7 @@ def gram(
             return so_far + _gram(whole, acc), None
 
         zero = vary_as(jnp.zeros((n, n), acc), A)
-        of_device = jax.lax.scan(add, zero, A.reshape(blocks, per_block, -1))[0]
+        of_device = jax.lax.scan(add, zero, A.reshape(blocks, per_block, A.shape[1]))[0]
     else:
         of_device = _gram(A, acc)
     axes = (*rows, *columns)

@@ -19,8 +19,8 @@ def pair(count: int | Int[Array, "*stack"], dtype: jnp.dtype) -> Float[Array, "*
 
     The first is a multiple of 4,096, so that sums over devices are exact up to 2^36 in float32.
     """
-    count = jnp.asarray(count // STEP), jnp.asarray(count % STEP)
-    return jnp.stack([count[0].astype(dtype) * STEP, count[1].astype(dtype)], axis=-1)
+    high, low = jnp.asarray(count // STEP), jnp.asarray(count % STEP)
+    return jnp.stack([high.astype(dtype) * STEP, low.astype(dtype)], axis=-1)
 
 
 def add_pairs(a: Float[Array, "*pairs 2"], b: Float[Array, "*pairs 2"]) -> Float[Array, "*pairs 2"]:
@@ -117,7 +117,7 @@ class Pool(eqx.Module):
         )
 
         def in_pairs(sums: Float[Array, "..."]) -> Float[Array, "..."]:
-            # By halves and not by jax.lax.reduce, in which XLA reorders and loses what rounding took.
+            # By halves: in a jax.lax.reduce XLA changes the order, and loses what rounding took.
             sums = jnp.moveaxis(sums, axes, range(len(axes)))
             sums = sums.reshape(-1, *sums.shape[len(axes) :])
             missing = (1 << (max(len(sums), 1) - 1).bit_length()) - len(sums)

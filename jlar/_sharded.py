@@ -63,7 +63,8 @@ def sharded(
     def layout(operands: dict[str, Array]) -> tuple[dict[str, P], Split]:
         W, X = _filled("W", operands["W"], W_spec), _filled("X", operands["X"], X_spec)
         *tokens, columns = map(names, X)
-        split = Split(sum(tokens, ()), *map(names, W), columns)
+        rows, inputs = map(names, W)
+        split = Split(sum(tokens, ()), rows, inputs, columns)
         specs = {"W": W, "X": X, "Y": P(*X[:-1], split.outputs), "mask": P(*X[:-1])}
         return {name: specs[name] for name in operands}, split
 
