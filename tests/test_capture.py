@@ -400,6 +400,11 @@ def numbered(i: int) -> str:
     return f"w#{i + 1}" if i else "w"
 
 
+def dynamic(i: int) -> str:
+    """JAX 0.10.0 writes the index of `dynamic_index_in_dim` as a number."""
+    return f"w[{i}]" if jax.__version__ == "0.10.0" else numbered(i)
+
+
 def layers(stack, h=X, reverse=False) -> list:
     """(W, X) of h = tanh(h W) layer by layer."""
     stack, h, rows = *f64(stack, h), []
@@ -416,7 +421,7 @@ cases(
     unrolled_iterated=lambda: unrolled(lambda w, i: list(w)[i]),
     unrolled_index_in_dim=lambda: unrolled(lambda w, i: jax.lax.index_in_dim(w, i, keepdims=False)),
     unrolled_dynamic_index=lambda: unrolled(
-        lambda w, i: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), numbered
+        lambda w, i: jax.lax.dynamic_index_in_dim(w, i, keepdims=False), dynamic
     ),
     unrolled_take=lambda: unrolled(lambda w, i: jnp.take(w, i, axis=0), numbered),
     unrolled_computed=lambda: unrolled(lambda w, i: w[jnp.int32(i) * 1], numbered),
