@@ -65,7 +65,9 @@ def grokking(arguments: argparse.Namespace) -> int:
 
     folder.collection(arguments.out, STUDY, **records.environment())
     _train(paper, arguments.out, until, arguments.checkpoint_seconds)
-    print(report.write(arguments.out))
+    # A call whose time was up before its first log has nothing to draw.
+    if any(arguments.out.glob("*/metrics.jsonl")):
+        print(report.write(arguments.out))
     return 0
 
 

@@ -80,9 +80,8 @@ def test_calls_add_up_and_an_interrupted_one_goes_on(tmp_path, monkeypatch, caps
     said = capsys.readouterr().out
     assert "set A, paper" in said and "report.html" in said
     assert cli.main(["report", str(out)]) == 0
-    with pytest.raises(SystemExit):
-        cli.main(["paper", "grokking", "--out", str(first.parent)])
-    assert "not a folder of this study" in capsys.readouterr().err
+    assert cli.main(["paper", "grokking", "--out", str(first.parent)]) == 2
+    assert "is that of `jlar grok`; choose another" in capsys.readouterr().err
 
 
 def timeline(seed, dates, *, k_after=15.0, every=20, end=1000):
