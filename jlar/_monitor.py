@@ -27,7 +27,8 @@ class Thresholds:
     """What runs that do not overfit may do, in LAR.
 
     The defaults are those at which fewer than one in a hundred such runs alarm, by the procedure of
-    `python -m jlar_experiments.monitoring.calibration`; its result is in jlar_experiments/LOG.md.
+    `python -m jlar_experiments.monitoring.calibration`; its result is in
+    jlar_experiments/log/monitor.md.
     """
 
     deviation: float = 0.0072

@@ -7,7 +7,7 @@ batch), ten seeds under one vmap. From the step at which a seed has memorised (t
 99%) its loss has c LAR of the unembedding added or subtracted, or as a control another quantity,
 scaled at every step to the gradient norm of c LAR: the logarithm of the norm of W, the stable rank
 of W, or a random direction in the space of all parameters. With weight decay 1 and 0. What is done
-is kept in FOLDER, one file an arm. Criterion (LOG, before the runs): the step of 95% validation
+is kept in FOLDER, one file an arm. Criterion (log/grokking.md): the step of 95% validation
 accuracy shifts by more than a quarter, in opposite directions for + and -, each with p < .01 by a
 sign test against the same seeds without a term, and the controls do not.
 """

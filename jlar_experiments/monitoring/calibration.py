@@ -9,7 +9,8 @@ hundred of the logs that do not overfit alarm, for the worst kind of noise; the 
 sees most overfitting logs before the middle of the 1000 steps of their least validation loss is
 taken. Chosen on Adam it is judged on Muon and the reverse, with other seeds; the defaults are what
 both together choose, rounded up. `--defaults` judges the monitor as it is, with and without a
-baseline, on a third set of seeds. Criterion and result: jlar_experiments/LOG.md. Deterministic.
+baseline, on a third set of seeds. Criterion and result:
+jlar_experiments/log/monitor.md. Deterministic.
 """
 
 import argparse

@@ -11,7 +11,7 @@ averaged in the same windows. The threshold of a comparator, and of "deviation, 
 the largest level at which a pair of baselines would have rung in one half of the configurations,
 the optimisers if there are two, else even and odd seeds; it is judged on the other half, both ways.
 The monitor's own signals have their default thresholds, which come from elsewhere. Criterion and
-results: jlar_experiments/LOG.md.
+results: jlar_experiments/log/monitor.md.
 """
 
 import argparse

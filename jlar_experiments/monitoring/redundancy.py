@@ -7,7 +7,7 @@ training, two seeds: forty runs. The gap (validation less training loss) at each
 step 100 is predicted from log step, training loss and its difference from that of the run of the
 same seed whose text is new, by a cubic polynomial; then with LAR and its difference as well. The
 error is of configurations (repetition and way) that are left out of the fit, one at a time.
-Criterion (LOG, before the runs): LAR adds something if the error falls by 20% or more and the 95%
+Criterion (log/pretraining.md): LAR adds something if the error falls by 20% or more and the 95%
 interval of the fall, by a bootstrap over configurations, leaves out 0.
 """
 
