@@ -19,11 +19,9 @@ arrays are a ValueError at trace time that says what to write instead; zero or n
 nan. Everything works under jit, vmap and grad; what has no gradient says so in its first lines.
 """
 
-from . import losses, nn
-from ._baseline import Baseline
+from . import losses, monitor, nn
 from ._capture import capture, metrics
 from ._energies import Energies, effective_dimension, energies, lar
-from ._monitor import Monitor, Signal, Thresholds
 from ._sharded import sharded
 from ._sites import sites
 from ._spectra import Grams, Spectra, alignment, grams, principal_dimension, spectra
@@ -32,13 +30,9 @@ from ._update import update_alignment
 __version__ = "0.1.0"
 
 __all__ = [
-    "Baseline",
     "Energies",
     "Grams",
-    "Monitor",
-    "Signal",
     "Spectra",
-    "Thresholds",
     "alignment",
     "capture",
     "effective_dimension",
@@ -47,6 +41,7 @@ __all__ = [
     "lar",
     "losses",
     "metrics",
+    "monitor",
     "nn",
     "principal_dimension",
     "sharded",

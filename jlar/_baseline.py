@@ -1,164 +1,157 @@
-"""Baseline: a finished run's LAR as a function of the step and of the training loss."""
+"""Baseline: LAR of runs that did not overfit, at any step and at any training loss."""
 
-import json
-import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from ._checks import need
 
 KNOTS = 256
-REACH = 1 / 16  # doublings to either side that a knot is fitted to
-FEWEST = 7  # points that a knot is fitted to, at least
+POOLED = 1 / 16  # doublings of steps: points closer than this are averaged
+GAP = 1 / 4  # doublings: nothing is known of what is before the last gap longer than this
+BEHIND = 0.2  # doublings that a run may be later than the baseline
+
+Points = Float[np.ndarray, "points"] | Int[np.ndarray, "points"]
+
+
+class Expected(NamedTuple):
+    """What a baseline has at one step or loss."""
+
+    lar: Float[Array, "*at"]
+    """Mean of its runs, each at the least of the last fifth of a doubling of steps."""
+    spread: Float[Array, "*at"]
+    """Standard deviation of one more run about that mean; 0 for a baseline of one run."""
+    known: Bool[Array, "*at"]
+    """Whether the runs have been there; if not, the other two are those of the nearest end."""
+
+
+class Curve(eqx.Module):
+    """Mean and spread over increasing knots, linear between them."""
+
+    knots: Float[Array, "knots"]
+    mean: Float[Array, "knots"]
+    spread: Float[Array, "knots"]
+
+    def __call__(self, at: Float[Array, "*at"]) -> Expected:
+        """Mean and spread there, by comparing with all knots: no loop in a training step."""
+        right = jnp.searchsorted(self.knots, at, method="compare_all")
+        right = jnp.clip(right, 1, self.knots.size - 1)
+        low, high = self.knots[right - 1], self.knots[right]
+        part = jnp.clip((at - low) / (high - low), 0, 1)
+        both = [a[right - 1] * (1 - part) + a[right] * part for a in (self.mean, self.spread)]
+        slack = jnp.float32(1e-5)  # of the rounding of log2
+        return Expected(*both, (at >= self.knots[0] - slack) & (at <= self.knots[-1] + slack))
 
 
 class Baseline(eqx.Module):
-    """A run to compare with: its LAR, smoothed, at any step and at any training loss.
+    """Runs to compare with that do not overfit, as small arrays that can be used inside jit.
 
-    At most 256 knots, spread evenly over the logarithm of the step, each the local straight line
-    through the log's points within a sixteenth of a doubling, outliers clipped; linear
-    interpolation between. As a function of the loss, the knots are those where the smoothed loss is
-    lower than ever before. Small arrays, usable inside jit: O(log 256) per look-up.
+    Points closer than a sixteenth of a doubling of steps are averaged, after a running median of
+    five. As a function of the loss a run counts where its loss is lower than ever before. Of
+    several runs the mean is taken, and their spread, which is how far a run may be away without
+    overfitting; a single run says nothing about that.
 
     Example:
-        >>> import equinox as eqx, jlar, numpy as np
+        >>> import numpy as np
+        >>> from jlar.monitor import Baseline
         >>> steps = np.arange(10, 1000, 10)
-        >>> baseline = jlar.Baseline.from_points(steps, 0.5 + steps / 10_000, 5 - steps / 1000)
-        >>> print(f"{eqx.filter_jit(baseline.at_step)(500):.3f} {baseline.at_loss(4.5):.3f}")
-        0.550 0.550
-        >>> print(baseline.at_step(2000), baseline.at_loss(1.0))  # it says nothing about these
-        nan nan
+        >>> runs = [(steps, lar - steps / 10_000, 5 - steps / 1000) for lar in (0.69, 0.71)]
+        >>> baseline = Baseline.from_runs(runs)
+        >>> lar, spread, known = baseline.at_step(500)
+        >>> print(f"{lar:.3f} {spread:.3f} {known}; {baseline.at_loss(4.5).lar:.3f}")
+        0.650 0.017 True; 0.650
+        >>> print(baseline.at_step(2000).known, baseline.at_loss(1.0).known)
+        False False
     """
 
-    doublings: Float[Array, "knots"]
-    """log2 of the step, increasing."""
-    lar: Float[Array, "knots"]
-    loss: Float[Array, "lows"]
-    """Training loss, increasing; empty if the record has none."""
-    lar_at_loss: Float[Array, "lows"]
+    by_step: Curve
+    """Over log2 of the step."""
+    by_loss: Curve | None
+    """Over the training loss; None if a run has none."""
+    runs: int = eqx.field(static=True)
 
     @classmethod
-    def from_points(
-        cls,
-        steps: Float[np.ndarray, "points"] | Int[np.ndarray, "points"],
-        lar: Float[np.ndarray, "points"],
-        train_loss: Float[np.ndarray, "points"] | None = None,
-    ) -> "Baseline":
-        """A baseline from a run's log, in any order; points with a nan or a step <= 0 are left out.
+    def from_runs(cls, runs: Sequence[tuple[Points, Points, Points | None]]) -> "Baseline":
+        """A baseline of the logs of one or more runs, as (steps, LARs, training losses or None).
+
+        Points may be in any order; those with a nan or a step <= 0 are left out.
 
         Raises:
-            ValueError: fewer than two different steps are left.
+            ValueError: a run has LAR at fewer than two steps, or the runs have no steps in common.
         """
-        steps, lar = np.asarray(steps, np.float64), np.asarray(lar, np.float64)
-        doublings, smooth = _smooth(steps, lar)
-        if len(doublings) < 2:
-            raise ValueError(
-                f"a baseline needs LAR at two or more different steps above 0; got {len(doublings)}"
-                f" of {len(steps)} points. The steps come first, then the LARs."
-            )
-        low = low_lar = np.zeros(0)
-        if train_loss is not None:
-            at, loss = _smooth(steps, np.asarray(train_loss, np.float64))
-            lower = np.flatnonzero(np.diff(np.minimum.accumulate(loss), prepend=np.inf) < 0)[::-1]
-            low, low_lar = loss[lower], np.interp(at[lower], doublings, smooth)
-        return cls(
-            doublings=jnp.asarray(doublings, jnp.float32),
-            lar=jnp.asarray(smooth, jnp.float32),
-            loss=jnp.asarray(low, jnp.float32),
-            lar_at_loss=jnp.asarray(low_lar, jnp.float32),
-        )
+        pooled = [_pooled(*run) for run in runs]
+        first, last = max(u[0] for u, _, _ in pooled), min(u[-1] for u, _, _ in pooled)
+        need(bool(first < last), "the runs of a baseline have no steps in common")
+        by_step = _curve([(u, lar) for u, lar, _ in pooled], np.linspace(first, last, KNOTS))
+        by_loss, curves = None, [_by_loss(lar, loss) for _, lar, loss in pooled]
+        if all(len(loss) for loss, _ in curves):
+            first, last = max(loss[0] for loss, _ in curves), min(loss[-1] for loss, _ in curves)
+            knots = np.unique(np.concatenate([loss for loss, _ in curves]))
+            knots = knots[(knots >= first) & (knots <= last)]
+            if len(knots) > 1:
+                use = np.linspace(0, len(knots) - 1, min(KNOTS, len(knots))).round().astype(int)
+                by_loss = _curve(curves, knots[use])
+        return cls(by_step, by_loss, len(pooled))
 
-    @classmethod
-    def from_jsonl(
-        cls,
-        path: str | pathlib.Path,
-        *,
-        step: str = "step",
-        lar: str = "lar",
-        train_loss: str = "train_loss",
-    ) -> "Baseline":
-        """A baseline from a record of one JSON object per line; the names are those of its fields.
+    def at_step(self, step: Float[ArrayLike, "*at"] | Int[ArrayLike, "*at"]) -> Expected:
+        """LAR at a step, which is positive."""
+        return self.by_step(jnp.log2(jnp.asarray(step).astype(jnp.float32)))
 
-        Raises:
-            ValueError: no line has the fields of the step and of LAR (that of the loss may be
-                missing), or too few do.
-        """
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines if line.strip()]
-        rows = [row for row in rows if step in row and lar in row]
-        if not rows:
-            raise ValueError(f"no line of {path} has both {step!r} and {lar!r}.")
-        steps, lars, losses = (
-            np.array([np.nan if row.get(name) is None else row[name] for row in rows], np.float64)
-            for name in (step, lar, train_loss)
-        )
-        return cls.from_points(steps, lars, losses if np.isfinite(losses).any() else None)
-
-    def save(self, path: str | pathlib.Path) -> None:
-        """Write it as one JSON object, of a few kilobytes."""
-        knots = {name: [float(str(x)) for x in np.asarray(a)] for name, a in vars(self).items()}
-        pathlib.Path(path).write_text(json.dumps(knots) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | pathlib.Path) -> "Baseline":
-        """What `save` wrote."""
-        knots = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        return cls(**{name: jnp.asarray(values, jnp.float32) for name, values in knots.items()})
-
-    def at_step(self, step: Float[ArrayLike, "*runs"] | Int[ArrayLike, "*runs"]) -> Array:
-        """LAR at a step, float32; nan outside the steps of the record."""
-        u = jnp.log2(jnp.asarray(step).astype(jnp.float32))
-        slack = jnp.float32(1e-5)  # of the rounding of log2
-        inside = (u >= self.doublings[0] - slack) & (u <= self.doublings[-1] + slack)
-        return jnp.where(inside, jnp.interp(u, self.doublings, self.lar), jnp.nan)
-
-    def at_loss(self, train_loss: Float[ArrayLike, "*runs"]) -> Array:
-        """LAR when the training loss was this, float32; nan outside the losses of the record.
-
-        For a run that has come below the last loss of the baseline there is nothing to compare with
-        at equal loss: nan, and `Monitor.matched_loss` keeps its last level.
-        """
-        loss = jnp.asarray(train_loss).astype(jnp.float32)
-        if self.loss.size == 0:
-            return jnp.full_like(loss, jnp.nan)
-        inside = (loss >= self.loss[0]) & (loss <= self.loss[-1])
-        return jnp.where(inside, jnp.interp(loss, self.loss, self.lar_at_loss), jnp.nan)
+    def at_loss(self, loss: Float[ArrayLike, "*at"]) -> Expected:
+        """LAR when the training loss was this; not known below the least that it ever was."""
+        loss = jnp.asarray(loss).astype(jnp.float32)
+        if self.by_loss is not None:
+            return self.by_loss(loss)
+        zero = jnp.zeros_like(loss)
+        return Expected(zero, zero, jnp.zeros(loss.shape, bool))
 
 
-def _smooth(
-    steps: Float[np.ndarray, "points"], values: Float[np.ndarray, "points"]
-) -> tuple[Float[np.ndarray, "knots"], Float[np.ndarray, "knots"]]:
-    """Knots in log2(step) and the local lines through the values there."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        u = np.log2(steps)
-    keep = np.isfinite(u) & np.isfinite(values)
-    order = np.argsort(u[keep], kind="stable")
-    u, y = u[keep][order], values[keep][order]
-    if len(u) == 0:
-        return u, y
-    y = _without_outliers(y)
-    wanted = np.linspace(u[0], u[-1], KNOTS)
-    knots = np.unique(u[np.clip(np.searchsorted(u, wanted), 0, len(u) - 1)])
-    return knots, np.array([_line(u, y, at) for at in knots])
+def _pooled(
+    steps: Points, lar: Points, loss: Points | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """log2(step), LAR and loss, averaged over each sixteenth of a doubling."""
+    steps, lar = np.asarray(steps, np.float64), np.asarray(lar, np.float64)
+    loss = np.full(len(steps), np.nan) if loss is None else np.asarray(loss, np.float64)
+    order = np.argsort(steps, kind="stable")
+    order = order[(steps > 0)[order] & np.isfinite(steps + lar)[order]]
+    count = len(np.unique(steps[order]))
+    message = f"a baseline needs LAR at two or more different steps above 0; got {count}"
+    need(count > 1, f"{message} in {len(steps)} points (the steps come first, then the LARs)")
+    u = np.log2(steps[order])
+    bins = np.unique(np.floor((u - u[0]) / POOLED), return_inverse=True)[1]
+    if bins[-1] == 0:
+        bins = np.unique(u, return_inverse=True)[1]
+    columns = [u, _median_of_five(lar[order]), _median_of_five(loss[order])]
+    means = np.stack([np.bincount(bins, each) / np.bincount(bins) for each in columns])
+    # On to the last step, along the line through the last two means.
+    reach = (u[-1] - means[0, -1]) / (means[0, -1] - means[0, -2])
+    end = means[:, -1] + reach * (means[:, -1] - means[:, -2])
+    u, lar, loss = np.column_stack([means, end])
+    start = min(np.flatnonzero(np.append(True, np.diff(u) > GAP))[-1], len(u) - 2)
+    u, lar, loss = u[start:], lar[start:], loss[start:]
+    return u, np.minimum(lar, np.interp(u - BEHIND, u, lar)), loss
 
 
-def _line(u: np.ndarray, y: np.ndarray, at: float) -> float:
-    reach = max(
-        REACH, np.partition(np.abs(u - at), min(FEWEST, len(u)) - 1)[min(FEWEST, len(u)) - 1]
-    )
-    near = np.abs(u - at) <= reach
-    u, y = u[near] - at, y[near]
-    spread = np.sum((u - u.mean()) ** 2)
-    slope = np.sum((u - u.mean()) * y) / spread if spread > 0 else 0.0
-    return float(y.mean() - slope * u.mean())
+def _median_of_five(values: np.ndarray) -> np.ndarray:
+    return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(values, 2, "edge"), 5), axis=1)
 
 
-def _without_outliers(y: np.ndarray) -> np.ndarray:
-    """Points further than four deviations from the median of seven around them, put there."""
-    if len(y) < FEWEST:
-        return y
-    padded = np.pad(y, FEWEST // 2, mode="reflect")
-    middle = np.median(np.lib.stride_tricks.sliding_window_view(padded, FEWEST), axis=1)
-    limit = 4 * 1.4826 * np.median(np.abs(y - middle))
-    return np.where(np.abs(y - middle) > max(limit, 1e-12), middle, y)
+def _by_loss(lar: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    loss = np.where(np.isfinite(loss), loss, np.inf)
+    lowest = np.append(np.inf, np.minimum.accumulate(loss)[:-1])
+    lower = loss < lowest
+    return loss[lower][::-1], lar[lower][::-1]
+
+
+def _curve(runs: list[tuple[np.ndarray, np.ndarray]], knots: np.ndarray) -> Curve:
+    lars, spread = np.stack([np.interp(knots, *run) for run in runs]), np.zeros(len(knots))
+    if (n := len(runs)) > 1:
+        # Few runs tell their variance badly: it is averaged over a quarter of the knots.
+        variance = np.pad(lars.var(axis=0, ddof=1), KNOTS // 8, "edge")
+        windows = np.lib.stride_tricks.sliding_window_view(variance, 2 * (KNOTS // 8) + 1)
+        spread = np.sqrt(windows.mean(axis=1) * (1 + 1 / n))
+    return Curve(*(jnp.asarray(each, jnp.float32) for each in (knots, lars.mean(axis=0), spread)))

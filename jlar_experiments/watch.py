@@ -14,7 +14,7 @@ POLL = 1.0  # seconds between looks at a growing log
 
 DESCRIPTION = """\
 Say what the log-alignment ratio (LAR) says of a training run, from its log alone:
-rising, settled, declining, or deviating from a baseline since step N.
+alarm since step N, no alarm, or that it cannot be told, and why.
 
 LOG has a step and a LAR, and the training loss if there is one, in a form that a
 tracker or a trainer writes: separated values; JSON, as lines, an array, columns or a
@@ -28,12 +28,13 @@ An alarm is a sign of overfitting:
   matched_loss  LAR is below the baseline's at the same training loss
   decline       LAR falls faster, after its peak, than 3B runs that do not overfit;
                 small models may do so without overfitting: give them a baseline
-Each has to exceed its threshold at two consecutive points; the thresholds are
-calibrated and grow with the noise of the log. The signal `grokking` (the effective
-dimension falls after memorisation; needs --n) is good news and no alarm."""
+Each is a sum, over doublings of the step, of what is beyond the noise. The noise is
+that of the log's points (default); for small models, whose seeds differ by more, give
+two baselines or more, or the step of the second epoch. The signal `grokking` (the
+effective dimension falls after memorisation; needs --n) is good news and no alarm."""
 
 EPILOG = """\
-exit code: 0 no alarm, 3 alarm, 2 the log or an option cannot be used
+exit code: 0 no alarm, 3 alarm, 4 cannot tell, 2 the log or an option cannot be used
 
   jlar watch run.csv --baseline long-run.csv --n 4096
   jlar watch runs/now/metrics.jsonl --follow || stop-the-run
@@ -50,7 +51,20 @@ def register(commands: Any) -> None:
     )
     parser.set_defaults(command=watch, parser=parser)
     parser.add_argument("log", type=Path, metavar="LOG", help="the run's log, or its folder")
-    parser.add_argument("--baseline", type=Path, metavar="LOG", help="log of a run to compare with")
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        action="append",
+        metavar="LOG",
+        help="log of a run to compare with, that does not overfit; give several to learn the noise",
+    )
+    parser.add_argument(
+        "--second-epoch",
+        type=float,
+        metavar="STEP",
+        help="step at which the data begins to repeat (tokens of the data set over tokens per "
+        "step): the noise is learnt before it",
+    )
     parser.add_argument(
         "--n",
         type=int,
@@ -80,7 +94,7 @@ def register(commands: Any) -> None:
     )
     output = parser.add_argument_group("what to do")
     output.add_argument("--json", action="store_true", help="print one JSON object")
-    output.add_argument("--plot", type=Path, metavar="PNG", help="draw LAR, deviation and slope")
+    output.add_argument("--plot", type=Path, metavar="PNG", help="draw LAR and the evidence")
     output.add_argument(
         "--follow",
         action="store_true",
@@ -103,13 +117,15 @@ def watch(arguments: argparse.Namespace) -> int:
     parser: Parser = arguments.parser
     if arguments.n is not None and arguments.n < 2:
         parser.error(f"--n is the input width of the layer and at least 2; got {arguments.n}")
+    if arguments.second_epoch is not None and not arguments.second_epoch > 0:
+        parser.error(f"--second-epoch is a step above 0; got {arguments.second_epoch}")
     if arguments.follow and str(arguments.log) == "-":
         parser.error("--follow needs a file: standard input is read to its end")
     try:
         found = _follow(arguments) if arguments.follow else _once(arguments)
     except (logs.Unusable, OSError) as error:
         parser.error(str(error))
-    return 3 if found["alarm"] else 0
+    return {"no alarm": 0, "alarm": 3, "cannot tell": 4}[found["verdict"]]
 
 
 def _once(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -190,17 +206,17 @@ def _baseline(arguments: argparse.Namespace) -> Any:
 
 
 def _judged(arguments: argparse.Namespace, log: Any, baseline: Any) -> dict[str, Any]:
-    import jlar
+    from jlar.monitor import Monitor
 
     from .monitoring.verdict import verdict, watched
 
-    monitor = jlar.Monitor.init(n=arguments.n or log.n)
+    monitor = Monitor.init(n=arguments.n or log.n, second_epoch=arguments.second_epoch)
     monitor, points = watched(monitor, log, baseline)
     found = verdict(monitor, log, baseline)
     if arguments.plot is not None:
         from .monitoring.figure import draw
 
-        draw(arguments.plot, arguments.log.name, log, points, found)
+        draw(arguments.plot, arguments.log.name, log, baseline, points, found)
     return found | {"log": str(arguments.log), "notes": list(log.notes)}
 
 

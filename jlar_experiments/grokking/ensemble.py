@@ -179,7 +179,7 @@ class Ensemble:
                 values = {name: records.number(a[i]) for name, a in metrics._asdict().items()}
                 epoch = each.upto if each.line.epoch >= 0 else 0
                 alarms = live.names(rings[i])
-                row = {**values, "alarms": alarms, **seconds}
+                row = {**values, "alarms": list(alarms), **seconds}
                 rows.append(each.run.record(each.place, epoch, row, spectra.p[i], spectra.q[i]))
                 where = f"{each.run.folder.name}, seed {each.line.seed}, epoch {epoch}"
                 self.bells[each].hear(alarms, where)

@@ -12,6 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import jlar
+from jlar.monitor import Monitor
 
 from .config import GrokConfig
 from .measures import Harmonics, comparators, harmonics
@@ -29,7 +30,7 @@ class State(NamedTuple):
     model: Model
     optimiser: optax.OptState
     epoch: Int[Array, "*members"]
-    monitor: jlar.Monitor
+    monitor: Monitor
 
 
 class Data(NamedTuple):
@@ -94,7 +95,7 @@ def initial(config: GrokConfig) -> State:
 def _initial(config: GrokConfig, seeds: Int[Array, " members"]) -> State:
     def one(seed: Int[Array, ""]) -> State:
         model = MODELS[config.model](config, _key(seed, 0))
-        monitor = jlar.Monitor.init(n=config.width)
+        monitor = Monitor.init(n=config.width)
         return State(model, _optimiser(config).init(model), jnp.zeros((), jnp.int32), monitor)
 
     return jax.vmap(one)(seeds)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-import jlar
+from jlar.monitor import Baseline
 
 from . import columns, series, source
 from .table import Table, Unusable
@@ -162,12 +162,10 @@ def _lars(table: Table, name: str, apart: bool) -> Float[np.ndarray, "rows"]:
     return lar
 
 
-def baseline(path: Path | str, **options: Any) -> jlar.Baseline:
-    """A finished run to compare with; options and errors are those of `read`."""
-    log = read(path, **options)
+def baseline(paths: Sequence[Path | str], **options: Any) -> Baseline:
+    """Finished runs to compare with; options and errors are those of `read`."""
+    read_runs = [read(path, **options) for path in paths]
     try:
-        return jlar.Baseline.from_points(
-            log.step, log.lar, log.loss if np.isfinite(log.loss).any() else None
-        )
+        return Baseline.from_runs([(log.step, log.lar, log.loss) for log in read_runs])
     except ValueError as error:
-        raise Unusable(f"{path}: {error}") from None
+        raise Unusable(f"{', '.join(map(str, paths))}: {error}") from None

@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from jlar._trend import Window
 
 import jlar
 from jlar._monitor import LEVEL
-from jlar._trend import Window
 
 from .. import records, report
 from ..grokking import analysis, dating, results

@@ -1,13 +1,11 @@
 """The monitor beside a run that trains: its state is on the device, what it says in the records."""
 
-from collections.abc import Iterable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-import jlar
+from jlar.monitor import Baseline, Monitor
 
 from ..progress import say
 from .verdict import MEANING, OVERFITTING, SIGNALS
@@ -15,46 +13,41 @@ from .verdict import MEANING, OVERFITTING, SIGNALS
 
 @jax.jit
 def watch(
-    monitor: jlar.Monitor,
+    monitor: Monitor,
     step: Int[Array, ""],
     lar: Float[Array, ""],
-    train_loss: Float[Array, ""],
-    baseline: jlar.Baseline | None = None,
-) -> tuple[jlar.Monitor, Bool[Array, "signals"]]:
-    """The monitor after this step, and which of `SIGNALS` ring now; a known step changes nothing.
+    loss: Float[Array, ""],
+    baseline: Baseline | None = None,
+) -> tuple[Monitor, Float[Array, "signals"]]:
+    """The monitor after this step, and for each of `SIGNALS` that rings now the step before its
+    first alarm built up, else -1.
 
     Dispatched like a training step: nothing waits for it, and what rings is read when the metrics
     of the step are.
     """
-    at = {}
-    if baseline is not None:
-        at["baseline_lar"] = baseline.at_step(step)
-        at["baseline_at_loss"] = baseline.at_loss(train_loss)
-    new = monitor.update(step, lar, train_loss=train_loss, **at)
-    later = step.astype(jnp.float32) > monitor.step
-    new = jax.tree.map(lambda a, b: jnp.where(later, a, b), new, monitor)
-    return new, jnp.stack([getattr(new, name).alarm for name in SIGNALS])
+    new = monitor.update(step, lar, loss=loss, baseline=baseline)
+    return new, jnp.where(new.signals.alarm, new.signals.step_before, -1)
 
 
 watch_each = jax.jit(jax.vmap(watch))
 """`watch` over a leading axis of runs, without baselines."""
 
 
-def names(rings: Bool[np.ndarray, "signals"]) -> list[str]:
-    """The signals that ring, as a record has them."""
-    return [name for name, ringing in zip(SIGNALS, rings, strict=True) if ringing]
+def names(rings: Float[np.ndarray, "signals"]) -> dict[str, int]:
+    """The signals that ring, and the step before each of them built up."""
+    return {name: int(at) for name, at in zip(SIGNALS, rings, strict=True) if at >= 0}
 
 
 class Bell:
     """Says once that a signal rings, also if the run is interrupted and goes on."""
 
-    def __init__(self, monitor: jlar.Monitor):
-        self._said = {name for name in SIGNALS if bool(getattr(monitor, name).rang)}
+    def __init__(self, monitor: Monitor):
+        self._said = {name for name in SIGNALS if monitor[name].first_alarm_step > 0}
 
-    def hear(self, ringing: Iterable[str], where: str) -> None:
+    def hear(self, ringing: dict[str, int], where: str) -> None:
         """Tell what is new among the signals that ring now."""
-        for name in ringing:
+        for name, before in ringing.items():
             if name not in self._said:
                 self._said.add(name)
                 kind = "ALARM" if name in OVERFITTING else "good news"
-                say(f"{where}: {kind} ({name}): {MEANING[name]}")
+                say(f"{where}: {kind} ({name}): {MEANING[name]}; it built up from step {before}")

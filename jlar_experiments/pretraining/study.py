@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-import jlar
+from jlar.monitor import Baseline
 
 from .. import folder as folders
 from .. import hosts, logs, records
@@ -57,7 +57,7 @@ class Study:
         config: PretrainConfig,
         folder: Path,
         tokens: Path,
-        baseline: jlar.Baseline | None = None,
+        baseline: Baseline | None = None,
     ):
         self.config, self.folder = config, folder
         self.iterator = data.batches(config, tokens, 0)
@@ -172,9 +172,10 @@ class Study:
         if len(metrics.lars) > 1:
             row["lars"] = _numbers(metrics.lars)
         if self.bell is not None:
-            row["alarms"] = live.names(rings)
+            alarms = live.names(rings)
+            row["alarms"] = list(alarms)
             if self.writes:
-                self.bell.hear(row["alarms"], f"step {step}")
+                self.bell.hear(alarms, f"step {step}")
         if step in self.val_loss:
             row["val_loss"] = self.val_loss.pop(step)
         row["tokens_per_second"] = round(speed, 1)
@@ -224,7 +225,7 @@ def _numbers(arrays: dict[str, np.ndarray]) -> records.Row:
 
 
 def run(
-    config: PretrainConfig, folder: Path, tokens: Path, baseline: jlar.Baseline | None = None
+    config: PretrainConfig, folder: Path, tokens: Path, baseline: Baseline | None = None
 ) -> bool:
     """Train, or continue, the run in this folder; False if there was nothing left to do."""
     study = Study(config, folder, tokens, baseline)
@@ -279,10 +280,10 @@ def check(config: PretrainConfig, tokens: Path) -> None:
     data.validation(config, tokens)
 
 
-def baseline(folder: Path) -> jlar.Baseline:
+def baseline(folder: Path) -> Baseline:
     """The run in a folder as a baseline; `Refusal` if there is none to compare with."""
     try:
-        return logs.baseline(folder)
+        return logs.baseline([folder])
     except (OSError, logs.Unusable) as error:
         raise Refusal(f"there is no run to compare with: {error}") from error
 

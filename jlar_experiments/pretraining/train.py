@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
 import jlar
+from jlar.monitor import Monitor
 
 from .config import TOP, PretrainConfig
 from .model import Decoder
@@ -36,7 +37,7 @@ class State(NamedTuple):
     step: Int[Array, ""]
     model: Decoder
     optimiser: optax.OptState
-    monitor: jlar.Monitor | None = None
+    monitor: Monitor | None = None
 
 
 class Metrics(NamedTuple):
@@ -132,7 +133,9 @@ class Program:
 
     def _initial(self, seed: int | Int[Array, ""]) -> State:
         model = Decoder(self.config, jax.random.key(seed))
-        monitor = None if self.config.lar == "off" else jlar.Monitor.init(n=self.config.width)
+        config = self.config
+        monitor = Monitor.init(n=config.width, second_epoch=config.sequences / config.batch)
+        monitor = None if config.lar == "off" else monitor
         return State(jnp.zeros((), jnp.int32), model, self._optimiser.init(model), monitor)
 
     def _step(self, state: State, batch: Batch) -> tuple[State, Metrics]:

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 import jlar
+from jlar.monitor import Baseline, Monitor
 
 OPTIMIZER = optax.adam(1e-2)
 
@@ -21,10 +22,10 @@ def loss(params: Any, x: Float[Array, "t n"], labels: Int[Array, " t"]) -> Float
 
 
 @jax.jit
-def step(i: Any, params: Any, state: Any, monitor: Any, usual: Any, *data: Array) -> Any:
-    """One step, which also hands its LAR, and what is usual at this step, to the monitor."""
+def step(i: Any, params: Any, state: Any, monitor: Any, baseline: Any, *data: Array) -> Any:
+    """One step, which also hands its LAR, its loss and the baseline to the monitor."""
     (value, lars), grads = jax.value_and_grad(loss, has_aux=True)(params, *data)
-    monitor = monitor.update(i, lars["head"].lar, baseline_lar=usual)
+    monitor = monitor.update(i, lars["head"].lar, loss=value, baseline=baseline)
     updates, state = OPTIMIZER.update(grads, state, params)
     return optax.apply_updates(params, updates), state, monitor, value, lars["head"].lar
 
@@ -36,11 +37,11 @@ def train(tokens: int, baseline: Any, steps: int) -> dict[str, Any]:
     wrong = jax.random.uniform(keys[1], (16_384,)) < 0.1
     labels = jnp.where(wrong, 0, jnp.argmax(x[:, :8], axis=1))
     up, head = jax.random.normal(keys[2], (32, 64)) / 6, jax.random.normal(keys[3], (64, 8)) / 8
-    before, at = (params := {"up": up, "head": head}), jnp.arange(64)
-    state, monitor, log = OPTIMIZER.init(params), jlar.Monitor.init(), []
+    params, at = {"up": up, "head": head}, jnp.arange(64)
+    state, monitor, log = OPTIMIZER.init(params), Monitor.init(), []
     for i in range(1, steps + 1):
-        before, at, usual = params, (at + 64) % tokens, baseline.at_step(i) if baseline else None
-        params, state, monitor, *seen = step(i, params, state, monitor, usual, x[at], labels[at])
+        before, at = params, (at + 64) % tokens
+        params, state, monitor, *seen = step(i, params, state, monitor, baseline, x[at], labels[at])
         log.append([float(each) for each in seen])
     (losses, lars), X = np.array(log).T, jax.nn.relu(x[at] @ before["up"])
     return {"losses": losses, "lars": lars, "monitor": monitor, "W": before["head"].T, "X": X}
@@ -49,7 +50,8 @@ def train(tokens: int, baseline: Any, steps: int) -> dict[str, Any]:
 def main(steps: int = 256) -> dict[str, Any]:
     """Train on many tokens and on few; the losses and the last LAR of the second run."""
     first = train(16_384, None, steps)
-    run = train(256, jlar.Baseline.from_points(np.arange(1, steps + 1), first["lars"]), steps)
+    log = np.arange(1, steps + 1), first["lars"], first["losses"]
+    run = train(256, Baseline.from_runs([log]), steps)
     print(f"LAR at the end {run['lars'][-1]:.3f}, of the baseline {first['lars'][-1]:.3f}")
     print("alarm:", run["monitor"].alarm, "first at step", run["monitor"].first_alarm_step)
     return {**run, "lar": run["lars"][-1], "baseline": first["monitor"]}

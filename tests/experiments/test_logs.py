@@ -494,13 +494,13 @@ def test_rows_in_any_order(read):
 
 def test_a_baseline_is_read_by_the_same_reader(tmp_path):
     path = written(tmp_path, b"\xef\xbb\xbf" + jsonl().encode() + b'{"step": 3, "la', "base.jsonl")
-    baseline = logs.baseline(path)
-    assert math.isclose(float(baseline.at_step(100)), LARS[9], abs_tol=1e-3)
-    assert math.isclose(float(baseline.at_loss(LOSSES[9])), LARS[9], abs_tol=1e-3)
+    baseline = logs.baseline([path])
+    assert math.isclose(float(baseline.at_step(100).lar), LARS[9], abs_tol=1e-3)
+    assert math.isclose(float(baseline.at_loss(LOSSES[9]).lar), LARS[9], abs_tol=1e-3)
     both = written(tmp_path, "seed,step,lar\n0,1,.5\n1,1,.5\n", "seeds.csv")
-    refused(lambda: logs.baseline(both), "seeds.csv", "--only seed=0")
+    refused(lambda: logs.baseline([both]), "seeds.csv", "--only seed=0")
     point = written(tmp_path, "step,lar\n1,.5\n", "point.csv")
-    refused(lambda: logs.baseline(point), "point.csv", "two or more different steps")
+    refused(lambda: logs.baseline([point]), "point.csv", "two or more different steps")
     (tmp_path / "run").mkdir()
     written(tmp_path / "run", path.read_bytes(), "metrics.jsonl")
     assert study.baseline(tmp_path / "run").at_step(100) == baseline.at_step(100)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-import jlar
+from jlar.monitor import Baseline, Monitor
 from jlar_experiments import cli, logs
 from jlar_experiments.checkpoint import Checkpoints, Foreign
 from jlar_experiments.errors import Stopped, Trouble
@@ -134,7 +134,7 @@ def test_sigterm_saves_first(whole, config, tokens, tmp_path, monkeypatch, capsy
 
 def test_an_alarm_is_that_of_watch_and_is_said_once(config, tokens, tmp_path, monkeypatch, capsys):
     steps = np.arange(1, 31)
-    high = jlar.Baseline.from_points(steps, np.full(30, 0.99), np.full(30, 2.0))
+    high = Baseline.from_runs([(steps, np.full(30, 0.99), None)])
     advance, folder = study.Study.advance, tmp_path / "run"
 
     def interrupted(self):
@@ -154,7 +154,9 @@ def test_an_alarm_is_that_of_watch_and_is_said_once(config, tokens, tmp_path, mo
     first = next(row["step"] for row in rows(folder) if row["alarms"])
     assert rows(folder)[-1]["alarms"] == ["deviation"] and first < 26
     log = logs.read(folder / "metrics.jsonl")
-    monitor, _ = verdict.watched(jlar.Monitor.init(n=config.width), log, high)
+    monitor, _ = verdict.watched(
+        Monitor.init(n=config.width, second_epoch=config.sequences / config.batch), log, high
+    )
     assert verdict.verdict(monitor, log, high)["first_alarm_step"] == first
     assert f"{first} (deviation)" in report.write(folder)
 

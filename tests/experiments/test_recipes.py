@@ -76,7 +76,7 @@ def test_padding_is_left_out(results):
 
 def test_the_monitor_in_a_step_rings_on_few_data_and_not_on_many(results):
     seen = result(results, "monitor_in_a_step")
-    assert seen["monitor"].alarm and not seen["baseline"].alarm
+    assert seen["monitor"].first_alarm_step > 0 and not seen["baseline"].first_alarm_step
 
 
 def test_a_tracker_gets_floats_by_name_and_tensorboard_a_file(results, tmp_path):

@@ -71,17 +71,21 @@ def test_json_is_one_object_with_every_signal(falling, steady, capsys):
     assert found["alarm"] is True and found["first_alarm_step"] in STEPS
     assert set(found["signals"]) == {"deviation", "matched_loss", "decline", "grokking"}
     for signal in found["signals"].values():
-        assert {"level", "threshold", "alarm", "step"} <= set(signal)
+        assert {"level", "allowance", "S", "limit", "alarm", "step", "step_before"} <= set(signal)
     apart = found["signals"]["deviation"]
-    assert apart["alarm"] and apart["level"] > apart["threshold"] and apart["step"] in STEPS
+    assert apart["alarm"] and apart["S"] > apart["limit"] and apart["step"] in STEPS
+    assert apart["step_before"] in STEPS and apart["step_before"] < apart["step"]
+    assert apart["until"] == 10_000 and apart["in_force_since"] < 1000
     matched = found["signals"]["matched_loss"]  # no training loss: nothing to say
-    assert matched == dict(level=None, threshold=None, alarm=False, step=None, rings_now=False)
+    assert matched["level"] is matched["until"] is None and not matched["alarm"]
     assert found["says"] == "deviating" and found["points"] == 200
-    assert found["baseline"] == {"same_step_until": 10_000, "same_loss_until": None}
+    assert found["verdict"] == "alarm" and found["cannot_tell_because"] == []
+    assert found["noise"]["source"].startswith("default")
 
     assert run(steady, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["alarm"] is False and found["first_alarm_step"] is None
+    assert found["verdict"] == "no alarm"
 
 
 def test_paragraph(falling, steady, capsys):
@@ -89,6 +93,7 @@ def test_paragraph(falling, steady, capsys):
     said = capsys.readouterr().out
     assert said.count("\n") == 2 and "LAR 'lar', no training loss; 200 rows" in said
     assert "ALARM (deviation) since step" in said and "declining" in said
+    assert "go back to the last checkpoint at or before step" in said
     assert run(steady) == 0
     assert "No alarm" in capsys.readouterr().out
 
@@ -123,7 +128,7 @@ def test_forms_of_logs(tmp_path, capsys):
     odd = table(tmp_path / "odd.csv", {"t": STEPS, "alignment": values, "nll": loss})
     names = ["--step-column", "t", "--lar-column", "alignment", "--loss-column", "nll"]
     assert run(odd, *names, "--baseline", forms[4], "--json") == 0  # the same run twice
-    assert json.loads(capsys.readouterr().out)["baseline"]["same_loss_until"] is not None
+    assert json.loads(capsys.readouterr().out)["signals"]["matched_loss"]["until"] == 10_000
 
 
 def test_run_and_baseline_in_one_export(tmp_path, capsys):
@@ -153,8 +158,62 @@ def test_the_width_from_k_and_grokking_is_good_news(tmp_path, capsys):
 
 def test_a_short_log_says_so(tmp_path, capsys):
     log = table(tmp_path / "short.csv", {"step": [10, 20], "lar": [0.5, 0.6]})
-    assert run(log) == 0
-    assert "too few" in capsys.readouterr().out
+    assert run(log) == 4
+    assert "Cannot tell: 2 points are too few (12 at least)." in capsys.readouterr().out
+
+
+# Why the absence of an alarm says nothing: (columns of the log, of the baseline, options, reason).
+LOSS = 10 * STEPS**-0.3
+STEADY = {"step": STEPS, "lar": lar("muon_100B")}
+UNKNOWN = {
+    "initialisation": ({"step": STEPS, "lar": 0.5 - 0 * STEPS}, None, [], "never rose above its"),
+    "end of the baseline": (
+        STEADY, {key: a[:80] for key, a in STEADY.items()}, [],
+        "at the same step ended at step 4000 because the run left its steps",
+    ),
+    "no overlap": (
+        STEADY, {"step": STEPS + 20_000, "lar": lar("muon_100B")}, [], "was never possible",
+    ),
+    "losses": (
+        STEADY | {"loss": np.where(STEPS < 3000, LOSS, 0.1)}, STEADY | {"loss": LOSS}, [],
+        "because the run left its losses",
+    ),
+    "first epoch": (STEADY, STEADY, ["--second-epoch", "60"], "nothing to learn the noise from"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", UNKNOWN)
+def test_what_cannot_be_told_is_said_with_the_reason(why, tmp_path, capsys):
+    columns, other, options, said = UNKNOWN[why]
+    arguments = [table(tmp_path / "run.csv", columns), *options]
+    if other is not None:
+        arguments += ["--baseline", table(tmp_path / "other.csv", other)]
+    assert run(*arguments) == 4
+    out = capsys.readouterr().out
+    assert "Cannot tell: " in out and said in out and "nothing here looks like" not in out
+    assert run(*arguments, "--json") == 4
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "cannot tell" and said in found["cannot_tell_because"][-1]
+
+
+def test_the_noise_is_said_and_where_it_was_learnt(steady, tmp_path, capsys):
+    seeds = [
+        table(tmp_path / f"{seed}.csv", {"step": STEPS, "lar": lar("muon_100B", seed=seed)})
+        for seed in (2, 3)
+    ]
+    several = [word for seed in seeds for word in ("--baseline", seed)]
+    sources = {
+        "default: that of a point": ["--baseline", seeds[0]],
+        "spread of 2 baselines": several,
+        "deviation in the first epoch, until step 6000": [*several, "--second-epoch", 6000],
+        "decline in the first epoch": ["--second-epoch", 6000],
+    }
+    for source, options in sources.items():
+        assert run(steady, *options) == 0
+        said = capsys.readouterr().out
+        assert f"noise: {source}" in said and "nothing here looks like overfitting" in said
+    assert run(steady, "--second-epoch", 20_000) == 0  # it has seen nothing twice
+    assert run(steady, "--second-epoch", 0) == 2
 
 
 BAD = [
