@@ -42,9 +42,12 @@ class Curve(eqx.Module):
         right = jnp.clip(right, 1, self.knots.size - 1)
         low, high = self.knots[right - 1], self.knots[right]
         part = jnp.clip((at - low) / (high - low), 0, 1)
-        both = [a[right - 1] * (1 - part) + a[right] * part for a in (self.mean, self.spread)]
+        lar, spread = (
+            a[right - 1] * (1 - part) + a[right] * part for a in (self.mean, self.spread)
+        )
         slack = jnp.float32(1e-5)  # of the rounding of log2
-        return Expected(*both, (at >= self.knots[0] - slack) & (at <= self.knots[-1] + slack))
+        known = (at >= self.knots[0] - slack) & (at <= self.knots[-1] + slack)
+        return Expected(lar, spread, known)
 
 
 class Baseline(eqx.Module):
@@ -93,8 +96,8 @@ class Baseline(eqx.Module):
             knots = np.unique(np.concatenate([loss for loss, _ in curves]))
             knots = knots[(knots >= first) & (knots <= last)]
             if len(knots) > 1:
-                use = np.linspace(0, len(knots) - 1, min(KNOTS, len(knots))).round().astype(int)
-                by_loss = _curve(curves, knots[use])
+                use = np.linspace(0, len(knots) - 1, KNOTS)  # so that every baseline has one shape
+                by_loss = _curve(curves, np.interp(use, np.arange(len(knots)), knots))
         return cls(by_step, by_loss, len(pooled))
 
     def at_step(self, step: Float[ArrayLike, "*at"] | Int[ArrayLike, "*at"]) -> Expected:
@@ -128,11 +131,11 @@ def _pooled(
     columns = [u, _median_of_five(lar[order]), _median_of_five(loss[order])]
     means = np.stack([np.bincount(bins, each) / np.bincount(bins) for each in columns])
     # On to the last step, along the line through the last two means.
-    reach = (u[-1] - means[0, -1]) / (means[0, -1] - means[0, -2])
-    end = means[:, -1] + reach * (means[:, -1] - means[:, -2])
-    u, lar, loss = np.column_stack([means, end])
-    start = min(np.flatnonzero(np.append(True, np.diff(u) > GAP))[-1], len(u) - 2)
-    u, lar, loss = u[start:], lar[start:], loss[start:]
+    before, last = means[:, -2], means[:, -1]
+    end = last + (u[-1] - last[0]) / (last[0] - before[0]) * (last - before)
+    means = np.column_stack([means, end])
+    start = np.flatnonzero(np.append(True, np.diff(means[0]) > GAP))[-1]
+    u, lar, loss = means[:, min(start, means.shape[1] - 2) :]
     return u, np.minimum(lar, np.interp(u - BEHIND, u, lar)), loss
 
 

@@ -23,7 +23,7 @@ LATEST = 3e38  # later than any step
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What runs that do not overfit may do, in LAR; how they were chosen: results/monitor."""
+    """What runs that do not overfit may do, in LAR. Chosen in jlar_experiments/log/monitor.md."""
 
     allowance: float = 0.006
     """Level that is never counted."""
@@ -82,8 +82,8 @@ class Monitor(eqx.Module):
     r"""Alarms out of a run's LAR, without validation data: a pytree that a training step carries.
 
     Three signals of overfitting, and one of generalisation, which is good news and no `alarm`. Each
-    is a CUSUM over u = log2(step), $S \leftarrow \max(0, S + (x - allowance) du)$, and rings when
-    S exceeds its limit. Time is counted in doublings, so it does not matter how often LAR is logged.
+    is a CUSUM over u = log2(step), $S \leftarrow \max(0, S + (x - allowance) du)$, and rings when S
+    exceeds its limit. Time is counted in doublings, so it does not matter how often LAR is logged.
 
     * `deviation`: x is how far LAR is below the baseline's at the same step.
     * `matched_loss`: x is how far it is below the baseline's at the same training loss.
@@ -92,16 +92,16 @@ class Monitor(eqx.Module):
     * `grokking`: x is how much LAR has risen since memorisation (training loss below a twentieth of
       its largest); $k = n^{2(1-LAR)}$ is $n^{-2x}$ of what it was, and two fifths ring. Needs n.
 
-    The allowance is .006 or 2.5 times the noise, whichever is more. The noise is the largest of that
-    of a point of the log about its neighbours, of the spread of a baseline of several runs, and of
-    x in the run's first epoch, which cannot overfit, if `second_epoch` is told. Small models
-    differ by more than .006 between seeds: they need one of the last two.
+    The allowance is .006 or 2.5 times the noise, whichever is more. The noise is the largest of
+    three: of a point of the log about its neighbours, of the spread of a baseline of several runs,
+    and of x in the run's first epoch, which cannot overfit, if `second_epoch` is told. Small
+    models differ by more than .006 between seeds: they need one of the last two.
 
     **When it rings**: look at the validation loss, if there is one. If not, stop, or go back to the
     last checkpoint before `step_before`, where S began to rise, and go on with more data or with
     more weight decay. An alarm is a sign of overfitting, no proof.
 
-    No field is ever nan or infinite: a step of 0 stands for never. State: 70 numbers. Cost: a few
+    No field is ever nan or infinite: a step of 0 stands for never. State: 78 numbers. Cost: a few
     microseconds of one CPU core per update (`benchmarks/monitor.py`).
 
     Example:
@@ -122,11 +122,7 @@ class Monitor(eqx.Module):
     step: Float[Array, "*runs"]
     """The largest step so far."""
     points: Int[Array, "*runs"]
-    """Updates that counted."""
-    ignored: Int[Array, "*runs"]
-    """Updates whose LAR was not finite."""
-    replayed: Int[Array, "*runs"]
-    """Updates whose step was not greater than all before: a restart replaying what is known."""
+    """Updates that counted: those with a finite LAR and a step greater than all before."""
     second_epoch: Float[Array, "*runs"]
     signals: Signal
     """Stacked along the last axis, in the order above; `monitor["decline"]` is one of them."""
@@ -170,14 +166,15 @@ class Monitor(eqx.Module):
             check_width(n, "the argument n")
 
         def zeros(kind: type, *shape: int) -> dict[str, Any]:
-            counts = {"points", "ignored", "replayed", "heard"}
+            counts = {"points", "heard"}
             names = [field.name for field in fields(kind)]
             return {a: jnp.zeros(shape, jnp.int32 if a in counts else jnp.float32) for a in names}
 
-        given = {"n": n, "thresholds": thresholds, "signals": Signal(**zeros(Signal, len(SIGNALS)))}
-        return cls(
-            **zeros(cls) | given | {"second_epoch": jnp.array(second_epoch or 0, jnp.float32)}
-        )
+        state = zeros(cls) | {
+            "second_epoch": jnp.array(second_epoch or 0, jnp.float32),
+            "signals": Signal(**zeros(Signal, len(SIGNALS))),
+        }
+        return cls(**state | {"n": n, "thresholds": thresholds})
 
     def __getitem__(self, name: str) -> Signal:
         """One of the signals."""
@@ -207,9 +204,8 @@ class Monitor(eqx.Module):
 
         Args:
             step: of the run, in any unit, at any distance. One that is not greater than all before
-                is a restart that replays what is known: it changes nothing but `replayed`. Step 0
-                has no logarithm and is passed over.
-            lar: of the training data. What is not finite changes nothing but `ignored`.
+                is a restart that replays what is known: it changes nothing, as does step 0.
+            lar: of the training data. What is not finite changes nothing.
             loss: of the training data, for `matched_loss` and `grokking`.
             baseline: what to compare with, for `deviation` and `matched_loss`.
 
@@ -217,14 +213,11 @@ class Monitor(eqx.Module):
             A monitor of the same structure, shapes and dtypes.
         """
         step, lar, loss = _scalar(step), _scalar(lar), _scalar(0 if loss is None else loss)
-        known, finite = (step > 0) & (step <= self.step), jnp.isfinite(step) & jnp.isfinite(lar)
-        counts = finite & (step > self.step)
+        counts = jnp.isfinite(step) & jnp.isfinite(lar) & (step > self.step)
         loss = jnp.where(jnp.isfinite(loss), loss, 0)  # a loss of 0 stands for none
         new = self._averaged(jnp.where(counts, step, 1), jnp.where(counts, lar, 0), loss)
         new = replace(new, signals=new._summed(*new._levels(loss > 0, baseline)))
-        new = jax.tree.map(lambda a, b: jnp.where(counts, a, b), new, self)
-        ignored, replayed = (~finite & ~known).astype(jnp.int32), known.astype(jnp.int32)
-        return replace(new, ignored=self.ignored + ignored, replayed=self.replayed + replayed)
+        return jax.tree.map(lambda a, b: jnp.where(counts, a, b), new, self)
 
     def _averaged(self, step: Array, lar: Array, loss: Array) -> "Monitor":
         """All but the signals, after a point that counts."""

@@ -1,1 +1,1 @@
-"""Where the defaults of `jlar.Monitor` come from: synthetic runs, and the error rates on them."""
+"""`jlar.monitor` on logs and beside runs that train, and how often it is right."""

@@ -38,7 +38,7 @@ def train(tokens: int, baseline: Any, steps: int) -> dict[str, Any]:
     labels = jnp.where(wrong, 0, jnp.argmax(x[:, :8], axis=1))
     up, head = jax.random.normal(keys[2], (32, 64)) / 6, jax.random.normal(keys[3], (64, 8)) / 8
     params, at = {"up": up, "head": head}, jnp.arange(64)
-    state, monitor, log = OPTIMIZER.init(params), Monitor.init(), []
+    before, state, monitor, log = params, OPTIMIZER.init(params), Monitor.init(), []
     for i in range(1, steps + 1):
         before, at = params, (at + 64) % tokens
         params, state, monitor, *seen = step(i, params, state, monitor, baseline, x[at], labels[at])
