@@ -135,8 +135,9 @@ def _pooled(
     end = last + (u[-1] - last[0]) / (last[0] - before[0]) * (last - before)
     means = np.column_stack([means, end])
     start = np.flatnonzero(np.append(True, np.diff(means[0]) > GAP))[-1]
-    u, lar, loss = means[:, min(start, means.shape[1] - 2) :]
-    return u, np.minimum(lar, np.interp(u - BEHIND, u, lar)), loss
+    means = means[:, min(start, means.shape[1] - 2) :]
+    u, lar = means[:2]
+    return u, np.minimum(lar, np.interp(u - BEHIND, u, lar)), means[2]
 
 
 def _median_of_five(values: np.ndarray) -> np.ndarray:
