@@ -1,4 +1,4 @@
-"""Meshes: what splits W and X over devices, sums that are whole on every device, and A^T A."""
+"""Meshes: what splits W and X over devices, and sums that are whole on every device."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -6,28 +6,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 Axes = Mapping[str, str | tuple[str, ...]]
 """Mesh axes that split the tokens "t", outputs "m" and inputs "n" of (W, X) inside shard_map."""
 
 
-WHOLE = PartitionSpec()
-
-
 class Split(NamedTuple):
     """The mesh axes that split each dimension of what one device holds."""
 
-    t: tuple[str, ...] = ()
-    """Tokens, of X, Y and the mask."""
-    m: tuple[str, ...] = ()
-    """Outputs: the rows of W."""
-    n: tuple[str, ...] = ()
-    """Inputs: the columns of W."""
-    columns: tuple[str, ...] = ()
-    """Inputs: the columns of X."""
+    t: tuple[str, ...] = ()  # Tokens, of X, Y and the mask
+    m: tuple[str, ...] = ()  # Outputs: the rows of W
+    n: tuple[str, ...] = ()  # Inputs: the columns of W
+    columns: tuple[str, ...] = ()  # Inputs: the columns of X
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -105,7 +97,7 @@ def vary_as(a: Array, *others: Array) -> Array:
     return jax.lax.pcast(a, tuple(missing), to="varying") if missing else a
 
 
-def unsharded(f: Callable[..., Any], out: Any = WHOLE) -> Callable[..., Any]:
+def unsharded(f: Callable[..., Any], out: Any = PartitionSpec()) -> Callable[..., Any]:  # noqa: B008
     """`f` with results that are whole on every device, or sharded as the specs `out` say.
 
     Where arguments carry explicit mesh axes, JAX refuses a product over a sharded axis, an eigh or
@@ -123,51 +115,3 @@ def unsharded(f: Callable[..., Any], out: Any = WHOLE) -> Callable[..., Any]:
         return jax.sharding.auto_axes(f, out_sharding=places)(*args)
 
     return call
-
-
-def gram(
-    A: Float[Array, "*t c"], acc: jnp.dtype, rows: tuple[str, ...], columns: tuple[str, ...]
-) -> Float[Array, "n n"]:
-    """A^T A over all leading axes in dtype `acc`, summed over the mesh axes that split A.
-
-    Where its columns are split, the devices exchange parts of A until each has whole rows: in
-    blocks, so that no exchange carries more than n rows of n numbers. With explicit mesh axes A's
-    type tells what splits it; with automatic ones XLA decides what moves.
-    """
-    sharding = jax.typeof(A).sharding
-    if sharding.mesh.explicit_axes and not sharding.mesh.manual_axes:
-        *leading, last = map(names, sharding.spec)
-        of_rows: tuple[str, ...] = sum(leading, ())
-        if of_rows + last:
-            local = partial(gram, acc=acc, rows=of_rows, columns=last)
-            return jax.shard_map(
-                local,
-                mesh=sharding.mesh,
-                in_specs=sharding.spec,
-                out_specs=PartitionSpec(),
-                axis_names={*of_rows, *last},
-            )(A)
-    if columns:
-        A = A.reshape(-1, A.shape[-1])
-        devices, n = size(columns), A.shape[-1] * size(columns)
-        blocks = max(1, -(-A.shape[0] // (devices * n)))
-        per_block = devices * -(-A.shape[0] // (devices * blocks))
-        A = jnp.pad(A, [(0, blocks * per_block - A.shape[0]), (0, 0)])
-
-        def add(so_far: Array, block: Array) -> tuple[Array, None]:
-            whole = jax.lax.all_to_all(block, columns, split_axis=0, concat_axis=1, tiled=True)
-            return so_far + _gram(whole, acc), None
-
-        zero = vary_as(jnp.zeros((n, n), acc), A)
-        of_device = jax.lax.scan(add, zero, A.reshape(blocks, per_block, A.shape[1]))[0]
-    else:
-        of_device = _gram(A, acc)
-    axes = (*rows, *columns)
-    return jax.lax.psum(of_device, axes) if axes else of_device
-
-
-def _gram(A: Float[Array, "*t c"], acc: jnp.dtype) -> Float[Array, "c c"]:
-    # One contraction over all token axes: merging them first would gather a sharded second one.
-    leading = list(range(A.ndim - 1))
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.tensordot(A, A, (leading, leading), precision=highest, preferred_element_type=acc)

@@ -11,8 +11,8 @@ from . import _checks as check
 from . import _mesh as mesh
 from ._devices import MeshSplit, whole
 from ._energies import Energies, energies
+from ._grams import Grams, grams
 from ._pool import sum_counts
-from ._spectra import Grams, grams
 
 
 def statistics(

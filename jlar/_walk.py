@@ -16,10 +16,10 @@ from jaxtyping import Array, PyTree
 from . import _devices as devices
 from . import _mesh as mesh
 from ._energies import energies
+from ._grams import grams
 from ._origin import DATA, Origin, made_by, why
 from ._plan import EqnPlan, Key, Plan, Site, Step
 from ._products import PRODUCTS, Product
-from ._spectra import grams
 from ._statistics import statistics
 
 

@@ -122,7 +122,7 @@ def cross_entropy(
     factors = check.zero_masked(factors.astype(acc), keep)
     X = check.zero_masked(X, keep)
 
-    native = W.dtype == X.dtype and W.dtype in check.NATIVE
+    native = W.dtype == X.dtype and W.dtype in check.MULTIPLIED
     dtype = W.dtype if native else acc
     rule = _Rule(chunk, soft_cap, z_loss, reduction != "none", dtype, split.m)
     labels = jnp.where(keep, labels, 0)  # so that out of range means nan, wherever it is seen
