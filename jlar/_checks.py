@@ -43,16 +43,23 @@ def check_width(n: int, name: str) -> None:
     )
 
 
-def operands(
-    W: ArrayLike, X: ArrayLike, mask: ArrayLike | None, axes: Axes | Split | None
-) -> tuple[Array, Array, Bool[Array, "..."] | None, Split]:
-    """W, X with its masked tokens zero, the boolean mask and what splits them; or ValueError."""
-    W, X, split = real_array(W, "W"), real_array(X, "X"), as_split(axes)
+def matrices(W: ArrayLike, X: ArrayLike) -> tuple[Array, Array]:
+    """W and X as arrays of real numbers with the right number of axes, or ValueError."""
+    W, X = real_array(W, "W"), real_array(X, "X")
     need(
         W.ndim == 2 and W.shape[0] > 0,
         "W must have shape (m, n), outputs x inputs, and at least one row; got shape "
         f"{W.shape}. For a stack use jax.vmap; reshape a kernel of more axes to two.",
     )
+    need(X.ndim > 0, "X must have shape (..., n), tokens first; got a scalar.")
+    return W, X
+
+
+def operands(
+    W: ArrayLike, X: ArrayLike, mask: ArrayLike | None, axes: Axes | Split | None
+) -> tuple[Array, Array, Bool[Array, "..."] | None, Split]:
+    """W, X with its masked tokens zero, the boolean mask and what splits them; or ValueError."""
+    (W, X), split = matrices(W, X), as_split(axes)
     m, n = W.shape[0], W.shape[1] * size(split.n)
     check_width(n, "W")
     if X.shape[-1:] == (n,):
