@@ -144,8 +144,7 @@ def gram(
                 axis_names={*of_rows, *last},
             )(A)
     of_device = _exchanged(A, acc, columns) if columns else _gram(A, acc)
-    axes = (*rows, *columns)
-    return jax.lax.psum(of_device, axes) if axes else of_device
+    return jax.lax.psum(of_device, (*rows, *columns))
 
 
 def _exchanged(

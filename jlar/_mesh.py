@@ -1,7 +1,7 @@
 """Meshes: what splits W and X over devices, and sums that are whole on every device."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,14 +47,13 @@ def as_split(axes: Axes | Split | None) -> Split:
             f'axes that split them, as {{"t": "data", "m": "model"}}; got {axes!r}.'
         )
     t, m, n = (names(axes.get(key)) for key in "tmn")
-    for name in (*t, *m, *n):
-        try:
-            jax.lax.axis_size(name)
-        except NameError:
-            raise ValueError(
-                f"axes names {name!r}, which is not a mesh axis here: axes= is for calls inside "
-                "jax.shard_map, over its own axis names. Under jit leave it out."
-            ) from None
+    try:
+        size(t + m + n)
+    except NameError as error:
+        raise ValueError(
+            f"axes names what is not a mesh axis here ({error}): axes= is for calls inside "
+            "jax.shard_map, over its own axis names. Under jit leave it out."
+        ) from None
     if set(m) & set(n):
         raise ValueError(f'axes must not split "m" and "n" over the same axis; got {axes!r}.')
     return Split(t, m, n, tuple(a for a in n if a not in t))
@@ -80,21 +79,25 @@ def check_varies(a: Array, name: str, axes: tuple[str, ...]) -> None:
             )
 
 
+def whole(a: Array, axes: Iterable[str]) -> Array:
+    """`a`, which is equal on the devices along these axes; their mean tells JAX so."""
+    unknown = tuple(varying(a).intersection(axes))
+    return jax.lax.pmean(a, unknown) if unknown else a
+
+
 def total(a: Array, axes: tuple[str, ...], split: Split) -> Array:
     """The sum over the devices along these axes, the same on each of them.
 
-    Along the other axes of the split the devices hold equal values, which JAX need not know (W
-    gathered for use, for instance): their mean tells it.
+    Along the other axes of the split the devices hold equal values, which JAX need not know: of a
+    W gathered for use, for instance.
     """
-    a = jax.lax.psum(a, axes) if axes else a
-    equal = tuple(varying(a) & frozenset().union(*split).difference(axes))
-    return jax.lax.pmean(a, equal) if equal else a
+    return whole(jax.lax.psum(a, axes), frozenset().union(*split).difference(axes))
 
 
 def vary_as(a: Array, *others: Array) -> Array:
     """`a`, said to vary along every axis along which one of the others does."""
     missing = frozenset().union(*map(varying, others)) - varying(a)
-    return jax.lax.pcast(a, tuple(missing), to="varying") if missing else a
+    return jax.lax.pcast(a, tuple(missing), to="varying")
 
 
 def unsharded(f: Callable[..., Any], out: Any = PartitionSpec()) -> Callable[..., Any]:  # noqa: B008

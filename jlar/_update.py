@@ -3,9 +3,10 @@
 from functools import partial
 from typing import NamedTuple
 
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from . import _checks as check
+from ._checks import Inputs, Mask, Weights
 from ._energies import lar
 from ._mesh import Axes, Split
 
@@ -19,12 +20,12 @@ class UpdateAlignment(NamedTuple):
 
 
 def update_alignment(
-    W0: Float[ArrayLike, "m n"],
-    W: Float[ArrayLike, "m n"],
-    X0: Float[ArrayLike, "*t n"],
-    X: Float[ArrayLike, "*t n"],
+    W0: Weights,
+    W: Weights,
+    X0: Inputs,
+    X: Inputs,
     *,
-    mask: Shaped[ArrayLike, "*t"] | None = None,
+    mask: Mask | None = None,
     axes: Axes | Split | None = None,
 ) -> UpdateAlignment:
     r"""The log-alignment ratios of the three terms by which training changes a layer's output.
@@ -45,7 +46,7 @@ def update_alignment(
     tokens, a different number: equal only if all rows have the same ratio.
 
     Args: W0 and X0 at the reference step, usually initialisation; W and X now, of the same tokens
-        in the same order; mask and axes ("t" and "m") as of every function, `help(jlar)`.
+        in the same order; axes may name "t" and "m".
 
     Returns:
         `UpdateAlignment(alpha, omega, u)`, scalars in [-inf, 1], float32 (float64 if an input is),
@@ -61,19 +62,15 @@ def update_alignment(
         >>> print(" ".join(f"{a:.2f}" for a in jlar.update_alignment(W0, W, X0[:1], X[:1])))
         1.00 0.52 0.41
     """
-    (W0, dW), (X0, dX) = _change(W0, W, "W"), _change(X0, X, "X")
-    acc = check.accumulator(W0, dW, X0, dX)
-    W0, dW, X0, dX = (a.astype(acc) for a in (W0, dW, X0, dX))
+    W0, X0 = check.real_array(W0, "W0"), check.real_array(X0, "X0")
+    W, X = check.real_array(W, "W"), check.real_array(X, "X")
+    for name, before, now in (("W", W0, W), ("X", X0, X)):
+        check.need(
+            before.shape == now.shape,
+            f"{name}0 and {name} must have the same shape, before and after; got {before.shape} "
+            f"and {now.shape}. Pass the same tokens and the same layer at both steps.",
+        )
+    acc = check.accumulator(W0, W, X0, X)
+    W0, W, X0, X = (a.astype(acc) for a in (W0, W, X0, X))
     term = partial(lar, mask=mask, axes=axes)
-    return UpdateAlignment(alpha=term(dW, X0), omega=term(W0, dX), u=term(dW, dX))
-
-
-def _change(before: ArrayLike, now: ArrayLike, name: str) -> tuple[Array, Array]:
-    before, now = check.real_array(before, f"{name}0"), check.real_array(now, name)
-    check.need(
-        before.shape == now.shape,
-        f"{name}0 and {name} must have the same shape, before and after; got {before.shape} "
-        f"and {now.shape}. Pass the same tokens and the same layer at both steps.",
-    )
-    acc = check.accumulator(before, now)
-    return before.astype(acc), now.astype(acc) - before.astype(acc)
+    return UpdateAlignment(alpha=term(W - W0, X0), omega=term(W0, X - X0), u=term(W - W0, X - X0))

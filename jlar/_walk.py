@@ -103,7 +103,7 @@ class Walk:
         """An equation that is no product of a weight with data and has none inside."""
         name, notes = eqn.primitive.name, []
         if name in devices.ONE_TO_ONE and len(given) == len(eqn.outvars):
-            origins = [o._replace(same=None, pieces=()) for o in given]
+            origins = [o._replace(same=None, joins=()) for o in given]
             return EqnPlan(devices.after(eqn, origins))
         large = given
         if name in ("mul", "div") and any(o.leaves for o in given):
