@@ -26,11 +26,7 @@ def need(holds: bool, message: str) -> None:
 def real_array(a: ArrayLike, name: str) -> Array:
     """`a` as an array of real numbers."""
     a = jnp.asarray(a)
-    need(
-        not jnp.iscomplexobj(a),
-        f"{name} must be real; got dtype {a.dtype}: stack {name}.real and {name}.imag if you mean "
-        "that.",
-    )
+    need(not jnp.iscomplexobj(a), f"{name} must be real; got {a.dtype}: stack .real and .imag.")
     return a
 
 
@@ -38,8 +34,8 @@ def check_width(n: int, name: str) -> None:
     """n is the base of the logarithm, so it must be at least 2."""
     need(
         n >= 2,
-        f"the input width n is the base of the logarithm and must be at least 2; got n = {n} "
-        f"from {name}. A layer with one input has no alignment to measure: leave it out.",
+        "the input width n is the base of the logarithm and must be at least 2; got n = "
+        f"{n} from {name}: leave a layer with one input out.",
     )
 
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from . import _mesh as mesh
 
+KEYS = ("t", "m", "n", "stack")
+"""What `axes` may say is split: tokens, outputs, inputs or stacked matrices."""
 EQUAL = ("psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant")
 """After these every device along the axes holds the same."""
 ONE_TO_ONE = ("optimization_barrier", *EQUAL)
@@ -58,7 +60,7 @@ def split(
     """
     found: dict[str, list[str]] = {"t": [], "m": [], "n": [], "stack": []}
     for axis in sorted(W | X):
-        told = {key for key, entry in (axes or {}).items() if axis in mesh.names(entry)}
+        told = {key for key, each in mesh.entries(axes, KEYS).items() if axis in each}
         if axis not in W or told == {"t"}:
             found["t"].append(axis)
         elif "stack" in told and stacked:
@@ -81,25 +83,17 @@ def split(
 
 def check(axes: mesh.Axes | None, known: set[str]) -> None:
     """ValueError unless `axes` maps what can be split to axes of a shard_map."""
-    for key, entry in (axes or {}).items():
-        if key not in ("t", "m", "n", "stack"):
-            raise ValueError(
-                'axes maps "t" (tokens), "m" (outputs), "n" (inputs) or "stack" to the mesh axes '
-                f"that split them; got {axes!r}."
-            )
-        if unknown := set(mesh.names(entry)) - known:
-            raise ValueError(
-                f"axes names {sorted(unknown)}, over which no jax.shard_map splits anything here: "
-                "axes= is for functions that contain one or are called in one. Under jit leave it "
-                "out."
-            )
+    if unknown := set(sum(mesh.entries(axes, KEYS).values(), ())) - known:
+        raise ValueError(
+            f"axes names {sorted(unknown)}, over which no jax.shard_map splits anything here: "
+            "axes= is for what contains one or is called in one. Under jit leave it out."
+        )
 
 
 def told(axes: mesh.Axes | None) -> MeshSplit:
     """What `axes` says splits every product, where the types say nothing."""
-    names = {key: mesh.names(entry) for key, entry in (axes or {}).items()}
-    t, m = names.get("t", ()), names.get("m", ())
-    if axes is None or set(names) - {"t", "m"} or set(t) & set(m):
+    t, m, *others = mesh.entries(axes, KEYS).values()
+    if axes is None or any(others) or set(t) & set(m):
         raise ValueError(
             "inside jax.shard_map(check_vma=False) the types do not tell what is split: pass "
             'axes={"t": ...} with the mesh axes that split the tokens of every product, and "m" '

@@ -174,9 +174,9 @@ def energies(
     """Sums of squares of W, X and Y = X W^T, from which LAR follows and which pool over batches.
 
     Free when Y is at hand, as the logits are in a loss: three reductions that fuse with it. Without
-    Y the product is computed, O(t m n); `jlar.grams` gives the same LAR without any product of X
-    and W, cheaper when tokens and outputs both outnumber n. Differentiable, as `jlar.lar` is.
-    Source: equation (1) of arXiv 2605.28975, pooled before the logarithm.
+    Y the product is computed, O(t m n); `jlar.grams` needs none of X and W, and is cheaper when
+    tokens and outputs both outnumber n. Differentiable, as `jlar.lar` is. Equation (1) of arXiv
+    2605.28975, pooled before the logarithm.
 
     Returns:
         `Energies` without leading axes, float32 (float64 if an input is). A sum that float32 cannot

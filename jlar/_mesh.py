@@ -37,16 +37,22 @@ def names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def entries(axes: Axes | None, keys: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The mesh axes by what they split, or ValueError where `axes` has other keys."""
+    if not isinstance(axes, Mapping | None) or not set(axes or ()) <= set(keys):
+        raise ValueError(
+            'axes must map "t" (tokens), "m" (outputs), "n" (inputs), or "stack" in a capture, to '
+            'the names of the mesh axes that split them, as {"t": "data", "m": "model"}, and here '
+            f"no other than {keys}; got {axes!r}."
+        )
+    return {key: names((axes or {}).get(key)) for key in keys}
+
+
 def as_split(axes: Axes | Split | None) -> Split:
     """The axes as tuples, or ValueError. X is taken to be split as W, but not over axes of "t"."""
-    if axes is None or isinstance(axes, Split):
-        return axes or Split()
-    if not isinstance(axes, Mapping) or not set(axes) <= {"t", "m", "n"}:
-        raise ValueError(
-            'axes must map "t" (tokens), "m" (outputs) and "n" (inputs) to the names of the mesh '
-            f'axes that split them, as {{"t": "data", "m": "model"}}; got {axes!r}.'
-        )
-    t, m, n = (names(axes.get(key)) for key in "tmn")
+    if isinstance(axes, Split):
+        return axes
+    t, m, n = entries(axes, ("t", "m", "n")).values()
     try:
         size(t + m + n)
     except NameError as error:

@@ -105,15 +105,13 @@ class Pool(eqx.Module):
     def __add__(self: P, other: P) -> P:
         need(
             jax.tree.structure(self) == jax.tree.structure(other),
-            f"only statistics of the same weight matrix pool; got {type(self).__name__} and "
-            f"{type(other).__name__} of different kind or width: keep one per layer.",
+            "only statistics of one kind and of the same weight matrix pool: keep one per layer.",
         )
         added = jax.tree.map(jnp.add, self, other)
         return dataclasses.replace(added, sums=add_pairs(self.sums, other.sums))
 
     def __radd__(self: P, other: int) -> P:
-        # 0 + self, so that the built-in sum pools a list.
-        if other != 0:
+        if other != 0:  # with which the built-in sum begins
             raise TypeError(f"cannot add {other!r} to {type(self).__name__}.")
         return self
 

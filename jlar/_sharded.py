@@ -20,17 +20,16 @@ def sharded(
 
     The result is that of the whole arrays, on every device. There are three ways to it:
 
-    - Plain `jax.jit` on sharded arrays is the default, with nothing to be said: `jlar.energies` and
-      `jlar.lar` move a few scalars, `jlar.grams` and `jlar.spectra` sums of n x n numbers. With
-      explicit mesh axes that is so however W and X are split. With automatic axes XLA decides, and
-      gathers W or X for a product, and so for the Grams, where their columns (the inputs n) are
-      split: use one of the other ways there. W is also multiplied on every device that holds it.
+    - Plain `jax.jit` on sharded arrays, the default: `jlar.energies` and `jlar.lar` move a few
+      scalars, `jlar.grams` and `jlar.spectra` sums of n x n numbers. With explicit mesh axes that
+      is so however W and X are split. With automatic axes XLA decides, and gathers W or X where
+      their columns (the inputs n) are split: use one of the other ways there.
     - `sharded`, when nothing may be gathered whatever XLA thinks, and you know the specs.
     - `axes=` of the functions, when you write the code of one device, inside `jax.shard_map`.
 
-    By the last two a few scalars move for `lar` and `energies`; sums of n x n numbers for `grams`,
-    `spectra` and `alignment` and, where n is split, each device's part of W and X once, at most
-    n x n numbers at a time. In all three the `eigh` of a spectrum runs on every device, O(n^3).
+    By the last two as much moves, and where n is split, for the Grams and spectra, each device's
+    share of W and X once, at most n x n numbers at a time. In all three the `eigh` of a spectrum
+    runs on every device, O(n^3).
 
     Args:
         function: `jlar.lar`, `jlar.energies`, `jlar.grams`, `jlar.spectra` or `jlar.alignment`; or

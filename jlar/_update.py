@@ -36,14 +36,14 @@ def update_alignment(
     1/2 where the factors ignore each other and 1 where B has rank one and A lies along it.
 
     What the parameterisation literature calls full alignment is alpha = u = 1, omega = 1/2: an
-    update may line up with any input, a random W0 hardly can. Since LAR is at most
-    $1 + \frac12 \log_n p_1$, where $p_1$ tends to $(1 + \sqrt{n/m})^2 / n$ for independent entries,
-    omega is at most $1/2 + \log_n(1 + \sqrt{n/m})$ at random initialisation: 1/2 in the limit of
-    large n at fixed m/n, but up to 1 for a layer of few outputs.
+    update may line up with any input, a random W0 hardly can. LAR is at most
+    $1 + \frac12 \log_n p_1$, where $p_1$ of independent entries tends to
+    $(1 + \sqrt{n/m})^2 / n$: so omega is at most $1/2 + \log_n(1 + \sqrt{n/m})$ at random
+    initialisation, 1/2 in the limit of large n at fixed m/n, but up to 1 for few outputs.
 
     The terms are those of Everett et al., arXiv 2407.05872. Squares are summed over tokens before
-    the logarithm, as everywhere in jlar. The scheduler m-wojnar/maxP averages the logarithm over
-    tokens, a different number: equal only if all rows have the same ratio.
+    the logarithm, as everywhere in jlar; the scheduler m-wojnar/maxP averages the logarithm over
+    tokens, which is equal only if all rows have the same ratio.
 
     Args: W0 and X0 at the reference step, usually initialisation; W and X now, of the same tokens
         in the same order; axes may name "t" and "m".

@@ -51,22 +51,17 @@ def cross_entropy(
     $\ell_t = \log \sum_v e^{z_{tv}} - z_{t, label_t} + \zeta (\log \sum_v e^{z_{tv}})^2$ with
     $z = Y = XW^T$, or $c \tanh(Y / c)$ under a soft-cap c; the mean over the tokens kept, which are
     those in the mask whose label is not `ignore`. The (tokens, V) logits never exist: a scan goes
-    over chunks of tokens. The energies are sums over each chunk's Y while it is there; to have a
-    gradient of LAR differentiate `jlar.lar`.
+    over chunks of tokens, and the energies are sums over each chunk's Y while it is there.
 
     Time is about that of the plain loss: under "mean" and "sum" the gradients are computed chunk by
-    chunk in the forward pass, while the logits are there, and scaled by the cotangent in the
-    backward pass. "none" cannot know its cotangents: it computes the logits twice, 4/3 of the
-    products. Without differentiation no gradient is computed. Memory beside the results: chunk x V
-    logits, and when differentiated the gradient of W twice, in float32. Under `jax.vmap` every
-    instance has its own: give X leading axes instead, which is the same loss.
-
-    Products of float32 operands are exact to float32 (no TF32, no single bf16 pass); cast W and X
-    to bfloat16 for the speed of half precision. Their products are then summed in float32, with the
-    gradient of each logit rounded to bfloat16 as operand of the next product.
+    chunk in the forward pass, if at all, and scaled by the cotangent in the backward pass; "none"
+    computes the logits twice, 4/3 of the products. Memory: chunk x V logits and, when
+    differentiated, the gradient of W twice, in float32; under `jax.vmap` that for each instance, so
+    give X leading axes instead. Products of float32 operands are exact to float32 (no TF32); those
+    of half precision are summed in float32, with the gradient of each logit rounded to it.
 
     Reverse mode only, as for any `jax.custom_vjp`: `jax.jvp` raises TypeError. Second derivatives
-    (grad of grad, `jax.hessian`) are right, but keep all logits as the plain loss does.
+    are right, but keep all logits as the plain loss does.
 
     Args:
         W: the unembedding (V, n). If W and X differ in dtype, or are narrower than half precision,
@@ -76,21 +71,20 @@ def cross_entropy(
             weight 0 is dropped as by the mask; the energies count all others once.
         chunk: tokens at a time. By default n, for which the logits take the room of one float32
             gradient of W, or as many as 2^24 logits (64 MiB) allow if that is more.
-        soft_cap: c, a positive Python number; None for none.
+        soft_cap: c, a positive Python number.
         z_loss: $\zeta$, a Python number: the weight of the squared log-partition function.
         ignore: the label of tokens that do not count.
         reduction: "mean" over the tokens kept, or their "sum" (to divide by a count pooled over
             micro-batches or devices), or "none": one loss per token, 0 where dropped.
-        axes: inside `jax.shard_map` (with check_vma, its default), the mesh axes that split the
-            tokens "t" and the vocabulary "m"; labels are those of the whole vocabulary. "mean" and
-            "sum" are over all devices, and the gradients those of the whole loss. Per chunk, three
-            numbers per token are summed over the axes of "m"; no logits move.
+        axes: may split the tokens "t" and the vocabulary "m" (with check_vma, the default of
+            `jax.shard_map`); labels are those of the whole vocabulary, "mean" and "sum" over all
+            devices, gradients those of the whole loss. No logits move, but three numbers per token.
 
     Returns:
         (loss, `Energies`): the loss float32 (float64 if an input is), () or for "none" (...,). It
         is nan for the mean of no tokens, and for a kept token with a label outside 0..V-1; nan
         losses have nan gradients. The energies are those of `jlar.energies(W, X, mask=kept)`: Y
-        before the soft-cap, kept tokens only.
+        before the soft-cap.
 
     Example:
         >>> import jax, jlar.losses
@@ -103,10 +97,8 @@ def cross_entropy(
     """
     reductions = "mean", "sum", "none"
     check.need(reduction in reductions, f"reduction must be of {reductions}; got {reduction!r}.")
-    check.need(
-        soft_cap is None or 0 < soft_cap < math.inf,
-        f"soft_cap must be positive, or None for no cap; got {soft_cap}.",
-    )
+    capped = soft_cap is None or 0 < soft_cap < math.inf
+    check.need(capped, f"soft_cap must be positive, or None for no cap; got {soft_cap}.")
     check.need(0 <= z_loss < math.inf, f"z_loss must be a finite weight, 0 for none; got {z_loss}.")
     W, X, _, split = check.operands(W, X, None, axes)
     _check_split(split, axes)
