@@ -110,13 +110,14 @@ class Energies(Pool):
         """
         y, x, w = self.y, self.x, self.w / self.calls
         overlap = jnp.log(y) - jnp.log(x) - jnp.log(w)
-        # Less than 2^40 squares flushed at 2^-126 are less than a rounding error of 2^-60; and a Y
-        # of which no square is left is less than one of x * w > 2^-30.
+        # Up to 2^40 squares may have been flushed to zero, each below 2^-126 (float32): together
+        # below 2^-86, a rounding error of a sum above 2^-60. If all of Y was flushed, its sum is
+        # below 2^-86 as well, which is next to nothing where x * w is above 2^-30.
         least = float(jnp.finfo(y.dtype).tiny) * 2.0**66
         zero = (y == 0) & (x * w > least**0.5)
-        sure = (x > least) & (w > least) & ((y > least) | zero)
-        sure &= jnp.isfinite(y) & jnp.isfinite(x) & jnp.isfinite(w)
-        return log_ratio(jnp.where(sure, overlap, jnp.nan), self.n)
+        reliable = (x > least) & (w > least) & ((y > least) | zero)
+        reliable &= jnp.isfinite(y) & jnp.isfinite(x) & jnp.isfinite(w)
+        return log_ratio(jnp.where(reliable, overlap, jnp.nan), self.n)
 
     @property
     def effective_dimension(self) -> Float[Array, "*stack"]:
@@ -226,15 +227,15 @@ def lar(
     """
     W, X, keep, split = check.operands(W, X, mask, axes)
     acc = check.accumulator(W, X)
-    W, of_W = check.unit(W, acc, split.m + split.n, split)
-    X, of_X = check.unit(X, acc, split.t + split.columns, split)
+    W, W_exponent = check.unit(W, acc, split.m + split.n, split)
+    X, X_exponent = check.unit(X, acc, split.t + split.columns, split)
 
     def square(Y: Array) -> tuple[Array, Array]:
         Y, exponent = check.unit(Y, acc, split.t + split.outputs, split)
         return energy(Y, acc), exponent
 
     y, exponent = _of_output(square, W, X, Y, keep, split)
-    if Y is not None:  # else it is the product of W and X as they are now
-        exponent -= of_W + of_X
+    if Y is not None:  # else Y is the product of the W and X that have been scaled
+        exponent -= W_exponent + X_exponent
     unit = sums(W, X, y, keep, math.prod(X.shape[:-1]), split)
     return unit.lar + exponent.astype(acc) * (math.log(2) / math.log(unit.n))

@@ -66,29 +66,31 @@ class Grams(Pool):
         """W^T W of trace one, less that of a uniform p: so small differences stay exact."""
         n = self.w.shape[-1]
         uniform = jnp.broadcast_to(jnp.eye(n, dtype=self.w.dtype) / n, self.w.shape)
-        return self.w / self._sure_trace(self.w)[..., None, None] - uniform
+        return self.w / self._reliable_trace(self.w)[..., None, None] - uniform
 
-    def _sure_trace(self, gram: Float[Array, "*stack n n"]) -> Float[Array, "*stack"]:
+    def _reliable_trace(self, gram: Float[Array, "*stack n n"]) -> Float[Array, "*stack"]:
         trace = _trace(gram)
         least = float(jnp.finfo(trace.dtype).tiny) * 2.0**66  # as in Energies.lar
-        sure = (trace > least) & jnp.isfinite(trace) & (self.calls <= 2**16)
-        return jnp.where(sure, trace, jnp.nan)
+        reliable = (trace > least) & jnp.isfinite(trace) & (self.calls <= 2**16)
+        return jnp.where(reliable, trace, jnp.nan)
 
     def spectra(self) -> Spectra:
         """p and q by one n x n `eigh`, O(n^3), without gradient; nan as of `jlar.spectra`.
 
         Entries of p below about n eps p_1 are rounding.
         """
-        w, x, of_W, of_X = jax.lax.stop_gradient(
-            (self.w, self.x, self._sure_trace(self.w), self._sure_trace(self.x))
+        w, x, w_trace, x_trace = jax.lax.stop_gradient(
+            (self.w, self.x, self._reliable_trace(self.w), self._reliable_trace(self.x))
         )
         w, missing = check.finite_part(w)
         squares, V = jnp.linalg.eigh(w, symmetrize_input=False)
         q = jnp.sum(V * jnp.matmul(x, V, precision=jax.lax.Precision.HIGHEST), axis=-2)
         # eigh has ascending order; both are non-negative but for rounding.
         p, q = (jnp.maximum(a[..., ::-1], 0) for a in (squares, q))
-        p = jnp.where(jnp.isnan(of_W)[..., None], jnp.nan, p / jnp.sum(p, axis=-1, keepdims=True))
-        return Spectra(p=p, q=q / of_X[..., None] + missing[..., None])
+        p = jnp.where(
+            jnp.isnan(w_trace)[..., None], jnp.nan, p / jnp.sum(p, axis=-1, keepdims=True)
+        )
+        return Spectra(p=p, q=q / x_trace[..., None] + missing[..., None])
 
 
 def _trace(A: Float[Array, "*stack n n"]) -> Float[Array, "*stack"]:
@@ -133,18 +135,18 @@ def gram(
     sharding = jax.typeof(A).sharding
     if sharding.mesh.explicit_axes and not sharding.mesh.manual_axes:
         *leading, last = map(names, sharding.spec)
-        of_rows: tuple[str, ...] = sum(leading, ())
-        if of_rows + last:
-            local = partial(gram, acc=acc, rows=of_rows, columns=last)
+        split_rows: tuple[str, ...] = sum(leading, ())
+        if split_rows + last:
+            on_device = partial(gram, acc=acc, rows=split_rows, columns=last)
             return jax.shard_map(
-                local,
+                on_device,
                 mesh=sharding.mesh,
                 in_specs=sharding.spec,
                 out_specs=PartitionSpec(),
-                axis_names={*of_rows, *last},
+                axis_names={*split_rows, *last},
             )(A)
-    of_device = _exchanged(A, acc, columns) if columns else _gram(A, acc)
-    return jax.lax.psum(of_device, (*rows, *columns))
+    local = _exchanged(A, acc, columns) if columns else _gram(A, acc)
+    return jax.lax.psum(local, (*rows, *columns))
 
 
 def _exchanged(

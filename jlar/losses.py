@@ -136,8 +136,8 @@ def cross_entropy(
         loss, y = _losses(rule, W, X.reshape(-1, n), labels.ravel(), factors.ravel())
         return (loss if rule.pooled else loss.reshape(tokens)), y
 
-    of_loss = PartitionSpec() if rule.pooled else jax.typeof(labels).sharding.spec
-    loss, y = unsharded(all_losses, (of_loss, PartitionSpec()))(
+    loss_spec = PartitionSpec() if rule.pooled else jax.typeof(labels).sharding.spec
+    loss, y = unsharded(all_losses, (loss_spec, PartitionSpec()))(
         W.astype(dtype), X.astype(dtype), labels, factors
     )
     loss = loss if reduction == "none" else total(loss, split.t, split)
@@ -169,17 +169,17 @@ def _token_losses(
     first = jax.lax.axis_index(rule.vocabulary) * Y.shape[1] if rule.vocabulary else 0
     is_label = labels[:, None] - first == jnp.arange(Y.shape[1])[None]
     label_z = jnp.sum(jnp.where(is_label, z, 0), axis=-1)
-    found = jnp.sum(is_label, axis=-1, dtype=Y.dtype)
+    in_range = jnp.sum(is_label, axis=-1, dtype=Y.dtype)
     if rule.vocabulary:
         top = jax.lax.pmax(jax.lax.stop_gradient(log_sum), rule.vocabulary)
-        shares = (jnp.exp(log_sum - top), label_z, found)
-        whole, label_z, found = jax.lax.psum(shares, rule.vocabulary)
+        shares = (jnp.exp(log_sum - top), label_z, in_range)
+        whole, label_z, in_range = jax.lax.psum(shares, rule.vocabulary)
         log_sum = top + jnp.log(whole)
     loss = log_sum - label_z
     if rule.z_loss:  # 0 times the square would be nan where the square is infinite
         loss += rule.z_loss * jnp.square(log_sum)
     # A factor and not a where: of a label out of range the gradient is nan as well.
-    loss = loss * jnp.where(found > 0, 1, jnp.nan).astype(loss.dtype)
+    loss = loss * jnp.where(in_range > 0, 1, jnp.nan).astype(loss.dtype)
     return jnp.where(factors != 0, loss, 0)
 
 
@@ -212,11 +212,11 @@ def _scan(
         x, label, factor, cotangent = tokens
         Y = check.product(x, W, acc)
         losses, pull = jax.vjp(lambda Y: _token_losses(Y, label, factor, rule), Y)
-        found = losses, energy(Y, Y.dtype)  # Y = 0 where X was zeroed: only kept tokens count
+        y = energy(Y, Y.dtype)  # Y = 0 where X was zeroed: only kept tokens count
         if cotangent is None:
-            return None, (*found, None)
+            return None, (losses, y, None)
         G = pull(vary_as(cotangent, losses))[0].astype(rule.dtype)
-        return dW + check.product(G.T, x.T, acc), (*found, check.product(G, W.T, acc))
+        return dW + check.product(G.T, x.T, acc), (losses, y, check.product(G, W.T, acc))
 
     dW = None if cotangents is None else vary_as(jnp.zeros_like(W, acc), W)
     chunks = jax.tree.map(split, (X, labels, factors, cotangents))
@@ -250,8 +250,8 @@ def _backward(rule: _Rule, residuals: Sequence[Array], cotangents: tuple[Array, 
         W, X, labels, factors = residuals
         losses, _, gradients = _scan(rule, W, X, labels, factors, g * factors)
         gradients = [g * losses, *gradients]
-    of_factors, dW, dX = gradients
-    return dW.astype(rule.dtype), dX.astype(rule.dtype), None, of_factors
+    dfactors, dW, dX = gradients
+    return dW.astype(rule.dtype), dX.astype(rule.dtype), None, dfactors
 
 
 _losses = jax.custom_vjp(_value, nondiff_argnums=(0,))
