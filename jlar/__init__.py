@@ -20,11 +20,13 @@ nan. Everything works under jit, vmap and grad; what has no gradient says so in 
 """
 
 from . import losses, monitor, nn
+from ._alignment import alignment, principal_dimension, spectra
 from ._capture import capture, metrics
 from ._energies import Energies, effective_dimension, energies, lar
+from ._grams import Grams, grams
 from ._sharded import sharded
 from ._sites import sites
-from ._spectra import Grams, Spectra, alignment, grams, principal_dimension, spectra
+from ._spectra import Spectra
 from ._update import update_alignment
 
 __version__ = "0.1.0"

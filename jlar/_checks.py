@@ -2,11 +2,19 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from ._mesh import Axes, Split, as_split, check_varies, size, varying
 
-NATIVE = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+# Inputs and outputs have names of their own, because inside shard_map the columns or rows of W may
+# be split over devices where X and Y are whole.
+Weights = Float[ArrayLike, "m n"]
+Inputs = Float[ArrayLike, "*t inputs"]
+Outputs = Float[ArrayLike, "*t outputs"]
+Mask = Shaped[ArrayLike, "*t"]
+
+MULTIPLIED = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
+"""The dtypes that hardware multiplies; others are converted first."""
 
 
 def need(holds: bool, message: str) -> None:
@@ -18,11 +26,7 @@ def need(holds: bool, message: str) -> None:
 def real_array(a: ArrayLike, name: str) -> Array:
     """`a` as an array of real numbers."""
     a = jnp.asarray(a)
-    need(
-        not jnp.iscomplexobj(a),
-        f"{name} must be real; got dtype {a.dtype}. The ratio is defined for real matrices: "
-        f"stack {name}.real and {name}.imag if that is what you mean.",
-    )
+    need(not jnp.iscomplexobj(a), f"{name} must be real; got {a.dtype}: stack .real and .imag.")
     return a
 
 
@@ -30,52 +34,45 @@ def check_width(n: int, name: str) -> None:
     """n is the base of the logarithm, so it must be at least 2."""
     need(
         n >= 2,
-        f"the input width n is the base of the logarithm and must be at least 2; got n = {n} "
-        f"from {name}. A layer with one input has no alignment to measure: leave it out.",
+        "the input width n is the base of the logarithm and must be at least 2; got n = "
+        f"{n} from {name}: leave a layer with one input out.",
     )
+
+
+def matrices(W: ArrayLike, X: ArrayLike) -> tuple[Array, Array]:
+    """W and X as arrays of real numbers with the right number of axes, or ValueError."""
+    W, X = real_array(W, "W"), real_array(X, "X")
+    need(
+        W.ndim == 2 and W.shape[0] > 0,
+        "W must have shape (m, n), outputs x inputs, and at least one row; got shape "
+        f"{W.shape}. For a stack use jax.vmap; reshape a kernel of more axes to two.",
+    )
+    need(X.ndim > 0, "X must have shape (..., n), tokens first; got a scalar.")
+    return W, X
 
 
 def operands(
     W: ArrayLike, X: ArrayLike, mask: ArrayLike | None, axes: Axes | Split | None
 ) -> tuple[Array, Array, Bool[Array, "..."] | None, Split]:
     """W, X with its masked tokens zero, the boolean mask and what splits them; or ValueError."""
-    W, split = real_array(W, "W"), as_split(axes)
-    need(
-        W.ndim == 2,
-        f"W must have shape (m, n), outputs x inputs; got shape {W.shape}. For a stack of "
-        "weights use jax.vmap; reshape a kernel with several input or output axes to two.",
-    )
-    need(W.shape[0] > 0, f"W must have at least one row; got shape {W.shape}.")
+    (W, X), split = matrices(W, X), as_split(axes)
     m, n = W.shape[0], W.shape[1] * size(split.n)
     check_width(n, "W")
-    X = real_array(X, "X")
     if X.shape[-1:] == (n,):
         split = split._replace(columns=())  # X comes whole although W does not
     columns = n // size(split.columns)
-    hint = (
-        " W is outputs x inputs: a Flax kernel (inputs x outputs) is passed as kernel.T."
-        if X.shape[-1:] == (m,)
-        else ""
-    )
+    transposed = X.shape[-1:] == (m,)
     need(
         X.shape[-1:] == (columns,),
         f"X must have shape (..., {columns}), tokens first, to match W of shape ({m}, {columns}); "
-        f"got shape {X.shape}.{hint}",
+        f"got shape {X.shape}."
+        + " W is outputs x inputs: pass a Flax kernel as kernel.T."
+        * transposed,
     )
     check_varies(W, "W", split.m + split.n)
     check_varies(X, "X", split.t + split.columns)
     keep = None if mask is None else kept(mask, X.shape[:-1])
     return W, zero_masked(X, keep), keep, split
-
-
-def outputs(Y: ArrayLike, shape: tuple[int, ...], keep: Array | None) -> Array:
-    """Y, W's own products, with its masked tokens zero; or ValueError."""
-    Y = real_array(Y, "Y")
-    need(
-        Y.shape == shape,
-        f"Y must be X @ W.T, of shape {shape}, before bias and soft-cap; got shape {Y.shape}.",
-    )
-    return zero_masked(Y, keep)
 
 
 def kept(mask: ArrayLike, tokens: tuple[int, ...], name: str = "mask") -> Bool[Array, "..."]:
@@ -104,14 +101,14 @@ def accumulator(*arrays: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def native(A: Array, acc: jnp.dtype) -> Array:
+def multiplied(A: Array, acc: jnp.dtype) -> Array:
     """`A` in its own dtype where hardware multiplies it, else in `acc`."""
-    return A if A.dtype in NATIVE else A.astype(acc)
+    return A if A.dtype in MULTIPLIED else A.astype(acc)
 
 
 def product(X: Array, W: Array, acc: jnp.dtype) -> Array:
-    """X W^T accumulated in `acc`, from operands in their own dtype where hardware multiplies it."""
-    if X.dtype != W.dtype or X.dtype not in NATIVE:
+    """X W^T summed in `acc`, from operands in their own dtype where hardware multiplies it."""
+    if X.dtype != W.dtype or X.dtype not in MULTIPLIED:
         X, W = X.astype(acc), W.astype(acc)
     return jnp.matmul(X, W.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=acc)
 
@@ -124,7 +121,7 @@ def unit(
     So no square overflows, and none that matters is flushed to zero; no mantissa changes. `axes`
     are those of the split that split A, whose largest entry is that of all devices.
     """
-    A = native(A, acc)
+    A = multiplied(A, acc)
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(A)), initial=0).astype(acc)
     axes = tuple({*axes, *(varying(largest) & frozenset().union(*split))})
     _, exponent = jnp.frexp(jax.lax.pmax(largest, axes) if axes else largest)

@@ -7,17 +7,16 @@ a loop would be one for each iteration, and in a branch that only some of them t
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import jax
-from jaxtyping import Array
-
 from . import _mesh as mesh
 
-# Afterwards every device along the axes holds the same.
+KEYS = ("t", "m", "n", "stack")
+"""What `axes` may say is split: tokens, outputs, inputs or stacked matrices."""
 EQUAL = ("psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant")
-# Primitives of several operands whose results are these operands, one by one.
+"""After these every device along the axes holds the same."""
 ONE_TO_ONE = ("optimization_barrier", *EQUAL)
-# Afterwards each device along the axes holds a part of its own.
+"""Each result of these is made of one operand."""
 SPLITTING = ("reduce_scatter", "all_to_all", "ppermute", "axis_index")
+"""After these each device along the axes holds something of its own."""
 
 
 class MeshSplit(NamedTuple):
@@ -26,12 +25,11 @@ class MeshSplit(NamedTuple):
     t: tuple[str, ...] = ()  # Its tokens
     m: tuple[str, ...] = ()  # Its outputs
     n: tuple[str, ...] = ()  # Its inputs, of W and of X
-    y: tuple[str, ...] = ()
-    """Y: what splits tokens or outputs, and inputs if a reduce_scatter sums over them."""
+    y: tuple[str, ...] = ()  # Y: tokens and outputs, and inputs if a reduce_scatter sums over them
     stack: tuple[str, ...] = ()  # The stacked matrices
 
     def beyond(self, axes: Iterable[str]) -> "MeshSplit":
-        """What is left of them where these axes have ended."""
+        """The axes that are left where these have ended."""
         return MeshSplit(*(tuple(name for name in names if name not in axes) for names in self))
 
 
@@ -43,10 +41,9 @@ def after(eqn: Any, origins: list[Any]) -> list[Any]:
     name = eqn.primitive.name
     if name not in (*EQUAL, *SPLITTING):
         return origins
-    axes = frozenset(_axes(eqn))
     equal = name in EQUAL and eqn.params.get("axis_index_groups") is None
     change = frozenset.difference if equal else frozenset.union
-    return [origin._replace(split=change(origin.split, axes)) for origin in origins]
+    return [o._replace(split=change(o.split, frozenset(_axes(eqn)))) for o in origins]
 
 
 def _axes(eqn: Any) -> tuple[str, ...]:
@@ -61,20 +58,17 @@ def split(
     An axis that splits W alone splits its outputs, one that splits X alone its tokens. Of one that
     splits both only `axes` can tell whether it splits the inputs of both or a stack of matrices.
     """
-    if not (W or X):
-        return NOT_SPLIT
-    found: dict[str, set[str]] = {"t": set(), "m": set(), "n": set(), "stack": set()}
-    said = {key: set(mesh.names(entry)) for key, entry in (axes or {}).items()}
-    for axis in W | X:
-        words = {key for key, names in said.items() if axis in names}
-        if axis not in W or words == {"t"}:
-            found["t"].add(axis)
-        elif "stack" in words and stacked:
-            found["stack"].add(axis)
-        elif axis not in X and (not stacked or "m" in words):
-            found["m"].add(axis)
-        elif axis in X and words == {"n"}:
-            found["n"].add(axis)
+    found: dict[str, list[str]] = {"t": [], "m": [], "n": [], "stack": []}
+    for axis in sorted(W | X):
+        told = {key for key, each in mesh.entries(axes, KEYS).items() if axis in each}
+        if axis not in W or told == {"t"}:
+            found["t"].append(axis)
+        elif "stack" in told and stacked:
+            found["stack"].append(axis)
+        elif axis not in X and (not stacked or "m" in told):
+            found["m"].append(axis)
+        elif axis in X and told == {"n"}:
+            found["n"].append(axis)
         else:
             both = "splits both operands" if axis in X else "splits the weight"
             raise ValueError(
@@ -83,41 +77,27 @@ def split(
                 f'the outputs, or {{"stack": {axis!r}}} a stack of matrices (experts; this product '
                 f"has {'one' if stacked else 'none'}); or leave it out with where=."
             )
-    names = {key: tuple(sorted(each)) for key, each in found.items()}
+    names = {key: tuple(each) for key, each in found.items()}
     return MeshSplit(**names, y=(*names["t"], *names["m"]))
 
 
 def check(axes: mesh.Axes | None, known: set[str]) -> None:
     """ValueError unless `axes` maps what can be split to axes of a shard_map."""
-    for key, entry in (axes or {}).items():
-        if key not in ("t", "m", "n", "stack"):
-            raise ValueError(
-                'axes maps "t" (tokens), "m" (outputs), "n" (inputs) or "stack" to the mesh axes '
-                f"that split them; got {axes!r}."
-            )
-        if unknown := set(mesh.names(entry)) - known:
-            raise ValueError(
-                f"axes names {sorted(unknown)}, over which no jax.shard_map splits anything here: "
-                "axes= is for functions that contain one or are called in one. Under jit leave it "
-                "out."
-            )
+    if unknown := set(sum(mesh.entries(axes, KEYS).values(), ())) - known:
+        raise ValueError(
+            f"axes names {sorted(unknown)}, over which no jax.shard_map splits anything here: "
+            "axes= is for what contains one or is called in one. Under jit leave it out."
+        )
 
 
 def told(axes: mesh.Axes | None) -> MeshSplit:
     """What `axes` says splits every product, where the types say nothing."""
-    if axes is None:
+    t, m, *others = mesh.entries(axes, KEYS).values()
+    if axes is None or any(others) or set(t) & set(m):
         raise ValueError(
             "inside jax.shard_map(check_vma=False) the types do not tell what is split: pass "
-            'axes={"t": ...} with the mesh axes that split the tokens (and "m" those that split '
-            "outputs), or leave check_vma at its default."
-        )
-    names = {key: mesh.names(entry) for key, entry in axes.items()}
-    t, m = names.get("t", ()), names.get("m", ())
-    if set(names) - {"t", "m"} or set(t) & set(m):
-        raise ValueError(
-            'inside jax.shard_map(check_vma=False) axes may name what splits the tokens "t" and '
-            f'the outputs "m" of every product, over different axes; got {axes!r}. With '
-            "check_vma=True, its default, the rest is seen from the types."
+            'axes={"t": ...} with the mesh axes that split the tokens of every product, and "m" '
+            f"with others that split its outputs, or leave check_vma at its default; got {axes!r}."
         )
     return MeshSplit(t=t, m=m, y=(*t, *m))
 
@@ -139,9 +119,3 @@ def outputs(split: MeshSplit, path: str, eqns: Sequence[Any], i: int) -> tuple[M
         "is not summed over them as it is (by jax.lax.psum or psum_scatter): sum it "
         "first, take measure=jlar.grams, which needs no result, or leave it out with where=."
     )
-
-
-def whole(a: Array, axes: Iterable[str]) -> Array:
-    """`a`, which is equal along these axes; their mean tells JAX so."""
-    varying = tuple(mesh.varying(a).intersection(axes))
-    return jax.lax.pmean(a, varying) if varying else a

@@ -6,9 +6,10 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float
 
 from . import _checks as check
+from ._checks import Inputs, Mask, Outputs, Weights
 from ._mesh import Axes, Split, size, total, unsharded
 from ._pool import Pool, counts
 
@@ -47,11 +48,11 @@ def effective_dimension(lar: Float[ArrayLike, "*stack"], n: int) -> Float[Array,
 class Energies(Pool):
     r"""Sums of squares of one weight matrix at work, and token counts.
 
-    $\|XW^T\|^2$ and $\|X\|^2$ add over tokens, so micro-batches, shards and hosts pool exactly: the
-    energies of two batches of the same W, added, are those of the concatenated batch, also after a
-    million calls. (The mean of their LARs is another number: the logarithm is not linear.)
-    `sum(list)` and `.sum(axis)` pool lists and stacks; what vmap or scan stacked has its leading
-    axes on every property. Inside shard_map use `axes=`, or `jax.lax.all_gather(e, axis).sum()`.
+    $\|XW^T\|^2$ and $\|X\|^2$ add over tokens, so micro-batches, shards and hosts pool exactly,
+    also after a million calls: `a + b`, `sum(list)` and, of what vmap or scan stacked, `.sum(axis)`
+    are the energies of all the tokens together. (The mean of their LARs is another number: the
+    logarithm is not linear.) A scan may carry them from `zeros`. Over the devices of a shard_map
+    use `axes=`, or `jax.lax.all_gather(e, "data").sum()`.
 
     Example:
         >>> import jax, jlar
@@ -79,10 +80,10 @@ class Energies(Pool):
     ) -> "Energies":
         """From the squares of Y, X and W, and the pairs of counts, of each or the same for all."""
         high = jnp.stack([*squares], axis=-1)
-        zeros = jnp.zeros_like(high)  # sharded as the stack is, where types say so
-        counts = counts.reshape((1,) * (high.ndim + 1 - counts.ndim) + counts.shape)
-        pairs = jnp.stack([high, zeros], axis=-1), zeros[..., None] + counts
-        return cls(jnp.concatenate(pairs, axis=-2), n)
+        pairs = jnp.stack([high, jnp.zeros_like(high)], axis=-1)
+        counts = jnp.expand_dims(counts, range(pairs.ndim - counts.ndim))
+        # Added to zeros and not broadcast, to be sharded as the stack is.
+        return cls(jnp.concatenate([pairs, jnp.zeros_like(pairs) + counts], axis=-2), n)
 
     @property
     def y(self) -> Float[Array, "*stack"]:
@@ -109,13 +110,14 @@ class Energies(Pool):
         """
         y, x, w = self.y, self.x, self.w / self.calls
         overlap = jnp.log(y) - jnp.log(x) - jnp.log(w)
-        # Less than 2^40 squares flushed at 2^-126 are less than a rounding error of 2^-60; and a Y
-        # of which no square is left is less than one of x * w > 2^-30.
+        # Up to 2^40 squares may have been flushed to zero, each below 2^-126 (float32): together
+        # below 2^-86, a rounding error of a sum above 2^-60. If all of Y was flushed, its sum is
+        # below 2^-86 as well, which is next to nothing where x * w is above 2^-30.
         least = float(jnp.finfo(y.dtype).tiny) * 2.0**66
         zero = (y == 0) & (x * w > least**0.5)
-        sure = (x > least) & (w > least) & ((y > least) | zero)
-        sure &= jnp.isfinite(y) & jnp.isfinite(x) & jnp.isfinite(w)
-        return log_ratio(jnp.where(sure, overlap, jnp.nan), self.n)
+        reliable = (x > least) & (w > least) & ((y > least) | zero)
+        reliable &= jnp.isfinite(y) & jnp.isfinite(x) & jnp.isfinite(w)
+        return log_ratio(jnp.where(reliable, overlap, jnp.nan), self.n)
 
     @property
     def effective_dimension(self) -> Float[Array, "*stack"]:
@@ -144,10 +146,14 @@ def sums(
 def _of_output(
     f: Callable[[Array], Any], W: Array, X: Array, Y: ArrayLike | None, keep: Any, split: Split
 ) -> Any:
-    """`f` of the Y given, or of the product."""
+    """`f` of the Y given, with its masked tokens zero, or of the product."""
     if Y is not None:
-        m = W.shape[0] * size(split.gathered)
-        return f(check.outputs(Y, (*X.shape[:-1], m), keep))
+        Y, shape = check.real_array(Y, "Y"), (*X.shape[:-1], W.shape[0] * size(split.gathered))
+        check.need(
+            Y.shape == shape,
+            f"Y must be X @ W.T, of shape {shape}, before bias and soft-cap; got shape {Y.shape}.",
+        )
+        return f(check.zero_masked(Y, keep))
     check.need(
         not (unknown := split.n + split.columns + split.gathered),
         f"Y must be given where the axes {unknown} split W or X so that no device can compute "
@@ -159,21 +165,19 @@ def _of_output(
 
 
 def energies(
-    W: Float[ArrayLike, "m n"],
-    X: Float[ArrayLike, "*t inputs"],
+    W: Weights,
+    X: Inputs,
     *,
-    Y: Float[ArrayLike, "*t outputs"] | None = None,
-    mask: Shaped[ArrayLike, "*t"] | None = None,
+    Y: Outputs | None = None,
+    mask: Mask | None = None,
     axes: Axes | Split | None = None,
 ) -> Energies:
     """Sums of squares of W, X and Y = X W^T, from which LAR follows and which pool over batches.
 
     Free when Y is at hand, as the logits are in a loss: three reductions that fuse with it. Without
-    Y the product is computed, O(t m n); `jlar.grams` gives the same LAR without any product of X
-    and W, cheaper when tokens and outputs both outnumber n. Differentiable, as `jlar.lar` is.
-    Source: equation (1) of arXiv 2605.28975, pooled before the logarithm.
-
-    Args, Raises: those of every function of (W, X), `help(jlar)`.
+    Y the product is computed, O(t m n); `jlar.grams` needs none of X and W, and is cheaper when
+    tokens and outputs both outnumber n. Differentiable, as `jlar.lar` is. Equation (1) of arXiv
+    2605.28975, pooled before the logarithm.
 
     Returns:
         `Energies` without leading axes, float32 (float64 if an input is). A sum that float32 cannot
@@ -182,10 +186,7 @@ def energies(
     Example:
         >>> import jax, jlar
         >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
-        >>> def loss(W, X):
-        ...     logits = X @ W.T
-        ...     return (logits**2).mean(), jlar.energies(W, X, Y=logits)
-        >>> (value, e), grad = jax.value_and_grad(loss, has_aux=True)(W, X)
+        >>> e = jlar.energies(W, X, Y=X @ W.T)
         >>> print(f"{e.lar:.4f} {e.effective_dimension:.1f} {e.keep_rate}")
         0.5024 62.7 1.0
     """
@@ -196,11 +197,11 @@ def energies(
 
 
 def lar(
-    W: Float[ArrayLike, "m n"],
-    X: Float[ArrayLike, "*t inputs"],
+    W: Weights,
+    X: Inputs,
     *,
-    Y: Float[ArrayLike, "*t outputs"] | None = None,
-    mask: Shaped[ArrayLike, "*t"] | None = None,
+    Y: Outputs | None = None,
+    mask: Mask | None = None,
     axes: Axes | Split | None = None,
 ) -> Float[Array, ""]:
     r"""Log-alignment ratio of a weight matrix W and the inputs X it multiplies.
@@ -214,8 +215,6 @@ def lar(
     entry and for its squares over that. O(t (m + n) + m n) given Y. Differentiable in W, X and Y to
     any order, except at W = 0 or X = 0. To pool batches add their energies: never average LARs.
 
-    Args, Raises: those of every function of (W, X), `help(jlar)`.
-
     Returns:
         A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero or
         anything kept is not finite.
@@ -223,22 +222,20 @@ def lar(
     Example:
         >>> import jax, jlar
         >>> W, X = jax.random.normal(jax.random.key(0), (2, 64, 64))
-        >>> print(f"{jax.jit(jlar.lar)(W, X):.3f}")  # independent: about a half
-        0.502
-        >>> print(f"{jlar.lar(W, W):.3f}")  # inputs along the rows of W
-        0.583
+        >>> print(f"independent {jlar.lar(W, X):.3f}, along the rows of W {jlar.lar(W, W):.3f}")
+        independent 0.502, along the rows of W 0.583
     """
     W, X, keep, split = check.operands(W, X, mask, axes)
     acc = check.accumulator(W, X)
-    W, of_W = check.unit(W, acc, split.m + split.n, split)
-    X, of_X = check.unit(X, acc, split.t + split.columns, split)
+    W, W_exponent = check.unit(W, acc, split.m + split.n, split)
+    X, X_exponent = check.unit(X, acc, split.t + split.columns, split)
 
     def square(Y: Array) -> tuple[Array, Array]:
         Y, exponent = check.unit(Y, acc, split.t + split.outputs, split)
         return energy(Y, acc), exponent
 
     y, exponent = _of_output(square, W, X, Y, keep, split)
-    if Y is not None:  # else it is the product of W and X as they are now
-        exponent -= of_W + of_X
+    if Y is not None:  # else Y is the product of the W and X that have been scaled
+        exponent -= W_exponent + X_exponent
     unit = sums(W, X, y, keep, math.prod(X.shape[:-1]), split)
     return unit.lar + exponent.astype(acc) * (math.log(2) / math.log(unit.n))

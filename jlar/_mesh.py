@@ -1,33 +1,25 @@
-"""Meshes: what splits W and X over devices, sums that are whole on every device, and A^T A."""
+"""Meshes: what splits W and X over devices, and sums that are whole on every device."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 Axes = Mapping[str, str | tuple[str, ...]]
 """Mesh axes that split the tokens "t", outputs "m" and inputs "n" of (W, X) inside shard_map."""
 
 
-WHOLE = PartitionSpec()
-
-
 class Split(NamedTuple):
     """The mesh axes that split each dimension of what one device holds."""
 
-    t: tuple[str, ...] = ()
-    """Tokens, of X, Y and the mask."""
-    m: tuple[str, ...] = ()
-    """Outputs: the rows of W."""
-    n: tuple[str, ...] = ()
-    """Inputs: the columns of W."""
-    columns: tuple[str, ...] = ()
-    """Inputs: the columns of X."""
+    t: tuple[str, ...] = ()  # Tokens, of X, Y and the mask
+    m: tuple[str, ...] = ()  # Outputs: the rows of W
+    n: tuple[str, ...] = ()  # Inputs: the columns of W
+    columns: tuple[str, ...] = ()  # Inputs: the columns of X
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -45,24 +37,29 @@ def names(entry: Any) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+def entries(axes: Axes | None, keys: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The mesh axes by what they split, or ValueError where `axes` has other keys."""
+    if not isinstance(axes, Mapping | None) or not set(axes or ()) <= set(keys):
+        raise ValueError(
+            'axes must map "t" (tokens), "m" (outputs), "n" (inputs), or "stack" in a capture, to '
+            'the names of the mesh axes that split them, as {"t": "data", "m": "model"}, and here '
+            f"no other than {keys}; got {axes!r}."
+        )
+    return {key: names((axes or {}).get(key)) for key in keys}
+
+
 def as_split(axes: Axes | Split | None) -> Split:
     """The axes as tuples, or ValueError. X is taken to be split as W, but not over axes of "t"."""
-    if axes is None or isinstance(axes, Split):
-        return axes or Split()
-    if not isinstance(axes, Mapping) or not set(axes) <= {"t", "m", "n"}:
+    if isinstance(axes, Split):
+        return axes
+    t, m, n = entries(axes, ("t", "m", "n")).values()
+    try:
+        size(t + m + n)
+    except NameError as error:
         raise ValueError(
-            'axes must map "t" (tokens), "m" (outputs) and "n" (inputs) to the names of the mesh '
-            f'axes that split them, as {{"t": "data", "m": "model"}}; got {axes!r}.'
-        )
-    t, m, n = (names(axes.get(key)) for key in "tmn")
-    for name in (*t, *m, *n):
-        try:
-            jax.lax.axis_size(name)
-        except NameError:
-            raise ValueError(
-                f"axes names {name!r}, which is not a mesh axis here: axes= is for calls inside "
-                "jax.shard_map, over its own axis names. Under jit leave it out."
-            ) from None
+            f"axes names what is not a mesh axis here ({error}): axes= is for calls inside "
+            "jax.shard_map, over its own axis names. Under jit leave it out."
+        ) from None
     if set(m) & set(n):
         raise ValueError(f'axes must not split "m" and "n" over the same axis; got {axes!r}.')
     return Split(t, m, n, tuple(a for a in n if a not in t))
@@ -88,24 +85,28 @@ def check_varies(a: Array, name: str, axes: tuple[str, ...]) -> None:
             )
 
 
+def whole(a: Array, axes: Iterable[str]) -> Array:
+    """`a`, which is equal on the devices along these axes; their mean tells JAX so."""
+    unknown = tuple(varying(a).intersection(axes))
+    return jax.lax.pmean(a, unknown) if unknown else a
+
+
 def total(a: Array, axes: tuple[str, ...], split: Split) -> Array:
     """The sum over the devices along these axes, the same on each of them.
 
-    Along the other axes of the split the devices hold equal values, which JAX need not know (W
-    gathered for use, for instance): their mean tells it.
+    Along the other axes of the split the devices hold equal values, which JAX need not know: of a
+    W gathered for use, for instance.
     """
-    a = jax.lax.psum(a, axes) if axes else a
-    equal = tuple(varying(a) & frozenset().union(*split).difference(axes))
-    return jax.lax.pmean(a, equal) if equal else a
+    return whole(jax.lax.psum(a, axes), frozenset().union(*split).difference(axes))
 
 
 def vary_as(a: Array, *others: Array) -> Array:
     """`a`, said to vary along every axis along which one of the others does."""
     missing = frozenset().union(*map(varying, others)) - varying(a)
-    return jax.lax.pcast(a, tuple(missing), to="varying") if missing else a
+    return jax.lax.pcast(a, tuple(missing), to="varying")
 
 
-def unsharded(f: Callable[..., Any], out: Any = WHOLE) -> Callable[..., Any]:
+def unsharded(f: Callable[..., Any], out: Any = PartitionSpec()) -> Callable[..., Any]:  # noqa: B008
     """`f` with results that are whole on every device, or sharded as the specs `out` say.
 
     Where arguments carry explicit mesh axes, JAX refuses a product over a sharded axis, an eigh or
@@ -123,51 +124,3 @@ def unsharded(f: Callable[..., Any], out: Any = WHOLE) -> Callable[..., Any]:
         return jax.sharding.auto_axes(f, out_sharding=places)(*args)
 
     return call
-
-
-def gram(
-    A: Float[Array, "*t c"], acc: jnp.dtype, rows: tuple[str, ...], columns: tuple[str, ...]
-) -> Float[Array, "n n"]:
-    """A^T A over all leading axes in dtype `acc`, summed over the mesh axes that split A.
-
-    Where its columns are split, the devices exchange parts of A until each has whole rows: in
-    blocks, so that no exchange carries more than n rows of n numbers. With explicit mesh axes A's
-    type tells what splits it; with automatic ones XLA decides what moves.
-    """
-    sharding = jax.typeof(A).sharding
-    if sharding.mesh.explicit_axes and not sharding.mesh.manual_axes:
-        *leading, last = map(names, sharding.spec)
-        of_rows: tuple[str, ...] = sum(leading, ())
-        if of_rows + last:
-            local = partial(gram, acc=acc, rows=of_rows, columns=last)
-            return jax.shard_map(
-                local,
-                mesh=sharding.mesh,
-                in_specs=sharding.spec,
-                out_specs=PartitionSpec(),
-                axis_names={*of_rows, *last},
-            )(A)
-    if columns:
-        A = A.reshape(-1, A.shape[-1])
-        devices, n = size(columns), A.shape[-1] * size(columns)
-        blocks = max(1, -(-A.shape[0] // (devices * n)))
-        per_block = devices * -(-A.shape[0] // (devices * blocks))
-        A = jnp.pad(A, [(0, blocks * per_block - A.shape[0]), (0, 0)])
-
-        def add(so_far: Array, block: Array) -> tuple[Array, None]:
-            whole = jax.lax.all_to_all(block, columns, split_axis=0, concat_axis=1, tiled=True)
-            return so_far + _gram(whole, acc), None
-
-        zero = vary_as(jnp.zeros((n, n), acc), A)
-        of_device = jax.lax.scan(add, zero, A.reshape(blocks, per_block, A.shape[1]))[0]
-    else:
-        of_device = _gram(A, acc)
-    axes = (*rows, *columns)
-    return jax.lax.psum(of_device, axes) if axes else of_device
-
-
-def _gram(A: Float[Array, "*t c"], acc: jnp.dtype) -> Float[Array, "c c"]:
-    # One contraction over all token axes: merging them first would gather a sharded second one.
-    leading = list(range(A.ndim - 1))
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.tensordot(A, A, (leading, leading), precision=highest, preferred_element_type=acc)

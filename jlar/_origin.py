@@ -21,11 +21,14 @@ class Origin(NamedTuple):
     """The mesh axes along which the devices of a shard_map hold different parts of it."""
     same: int | None = None
     """Two numbers, or two values carried by a loop, for which this is equal are equal."""
-    pieces: tuple[tuple[int, int, Any], ...] = ()
-    """The start, end and origin of what a vector is put together from (ravel_pytree)."""
+    joins: tuple[tuple[int, int, Any], ...] = ()
+    """The start, end and origin of each value that a vector concatenates (ravel_pytree)."""
 
 
 DATA = Origin(data=True)
+Bounds = tuple[int, int, int]
+"""Start, end and stride along one axis."""
+
 LOOKUPS = ("dynamic_slice", "gather")
 UNKNOWN = r"\[\?\d+\]"
 """In a cut, an index of which is known only whether it is equal to another one."""
@@ -56,12 +59,12 @@ def made_by(
     `lookups` holds, for each weight, the indices it was looked up by so far.
     """
     name, params = eqn.primitive.name, eqn.params
-    pieces, origin = origin.pieces, origin._replace(same=None, pieces=())
+    joins, origin = origin.joins, origin._replace(same=None, joins=())
     shape: tuple[int, ...] = eqn.invars[0].aval.shape if eqn.invars else ()
-    whole = [(0, size, 1) for size in shape]
     if name == "concatenate" and len(shape) == 1:
-        ends = list(accumulate((a.aval.size for a in eqn.invars), initial=0))
-        return [origin._replace(pieces=tuple(zip(ends, ends[1:], given, strict=False)))]
+        ends = pairwise(accumulate((a.aval.size for a in eqn.invars), initial=0))
+        joined = tuple((*bounds, each) for bounds, each in zip(ends, given, strict=True))
+        return [origin._replace(joins=joined)]
     if name == "transpose":
         layout = ".T" if len(shape) == 2 else f".transpose{tuple(params['permutation'])}"
         # Twice transposed is not transposed.
@@ -69,49 +72,54 @@ def made_by(
         return [origin._replace(layout=layout)]
     if name == "reshape":
         return [origin._replace(layout=f"{origin.layout}.reshape{tuple(params['new_sizes'])}")]
-    cuts: list[list[tuple[int, ...]]] = []
-    if name == "slice":
-        strides = params["strides"] or (1,) * len(shape)
-        cuts = [[*zip(params["start_indices"], params["limit_indices"], strides, strict=True)]]
-    elif name in ("split", "unstack"):
-        axis: int = params["axis"]
-        sizes = map(int, params.get("sizes", (1,) * shape[axis]))
-        ends = pairwise(accumulate(sizes, initial=0))
-        cuts = [[*whole[:axis], (*each, 1), *whole[axis + 1 :]] for each in ends]
-    elif name == "dynamic_slice" and all(isinstance(a, jex.Literal) for a in eqn.invars[1:]):
-        each = zip(eqn.invars[1:], shape, params["slice_sizes"], strict=True)
-        starts = [(min(max(int(a.val), 0), size - length), length) for a, size, length in each]
-        cuts = [[(start, start + length, 1) for start, length in starts]]
-    if cuts:
-        return [_of_piece(pieces, *bounds[0]) or cut_out(origin, shape, bounds) for bounds in cuts]
+    if cuts := _cuts(eqn, shape):
+        return [_of_one(joins, *cut[0]) or cut_out(origin, shape, cut) for cut in cuts]
     if name in LOOKUPS:
         # Another index is another matrix, whatever its value is; the first is called as the leaf.
         seen = lookups.setdefault((origin.leaves, origin.cut, origin.layout, shape), [])
         by = zip(given[1:], eqn.invars[1:], strict=True)
         index = [id(atom) if o.same is None else o.same for o, atom in by]
         seen += [] if index in seen else [index]
-        more = f"{origin.layout}[?{seen.index(index)}]" if index != seen[0] else ""
-        layout = "" if more else origin.layout
-        return [origin._replace(cut=origin.cut + more, layout=layout)]
+        return [origin if index == seen[0] else _named(origin, f"?{seen.index(index)}")]
     return [origin] * len(eqn.outvars)
 
 
-def _of_piece(pieces: Sequence[Any], start: int, end: int, stride: int) -> Origin | None:
-    """What lies between start and end, if it is of one piece that is a weight."""
-    for a, b, origin in pieces:
-        if a <= start and end <= b and stride == 1 and origin.leaves:
-            return cut_out(origin, (b - a,), [(start - a, end - a, 1)])
+def _cuts(eqn: Any, shape: tuple[int, ...]) -> list[list[Bounds]]:
+    """What each result is of the first operand, axis by axis; none unless the program writes it."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "slice":
+        strides = params["strides"] or (1,) * len(shape)
+        return [[*zip(params["start_indices"], params["limit_indices"], strides, strict=True)]]
+    if name in ("split", "unstack"):
+        axis, whole = params["axis"], [(0, size, 1) for size in shape]
+        sizes = map(int, params.get("sizes", (1,) * shape[axis]))
+        ends = pairwise(accumulate(sizes, initial=0))
+        return [[*whole[:axis], (*each, 1), *whole[axis + 1 :]] for each in ends]
+    if name == "dynamic_slice" and all(isinstance(a, jex.Literal) for a in eqn.invars[1:]):
+        each = zip(eqn.invars[1:], shape, params["slice_sizes"], strict=True)
+        starts = [(min(max(int(a.val), 0), size - length), length) for a, size, length in each]
+        return [[(start, start + length, 1) for start, length in starts]]
+    return []
+
+
+def _of_one(joins: Sequence[Any], start: int, end: int, stride: int) -> Origin | None:
+    """What lies between start and end of a vector, if that is of one weight it concatenates."""
+    for first, last, origin in joins:
+        if first <= start and end <= last and stride == 1 and origin.leaves:
+            return cut_out(origin, (last - first,), [(start - first, end - first, 1)])
     return None
 
 
-def cut_out(origin: Origin, shape: tuple[int, ...], bounds: Sequence[tuple[int, ...]]) -> Origin:
+def cut_out(origin: Origin, shape: tuple[int, ...], bounds: Sequence[Bounds]) -> Origin:
     """What these (start, end, stride) cut out of a weight of this shape."""
     index = [_index(*bound, size=size) for bound, size in zip(bounds, shape, strict=True)]
     while index and index[-1] == ":":
         index.pop()
-    if not index:
-        return origin
-    return origin._replace(cut=f"{origin.cut}{origin.layout}[{', '.join(index)}]", layout="")
+    return _named(origin, ", ".join(index)) if index else origin
+
+
+def _named(origin: Origin, index: str) -> Origin:
+    return origin._replace(cut=f"{origin.cut}{origin.layout}[{index}]", layout="")
 
 
 def _index(start: int, end: int, stride: int, *, size: int) -> str:

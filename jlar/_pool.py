@@ -1,6 +1,7 @@
 """What Energies and Grams share: they pool exactly over tokens, however many calls there are."""
 
 import dataclasses
+from functools import partial
 from typing import TypeVar
 
 import equinox as eqx
@@ -36,6 +37,21 @@ def add_pairs(a: Float[Array, "*pairs 2"], b: Float[Array, "*pairs 2"]) -> Float
     return jnp.stack([whole, lost - (whole - high)], axis=-1)
 
 
+def sum_pairs(pairs: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """The sums over some axes of numbers held as two floats each.
+
+    The first half is added to the second: in a `jax.lax.reduce` XLA would change the order of the
+    additions, and lose what rounding took.
+    """
+    pairs = jnp.moveaxis(pairs, axes, range(len(axes)))
+    pairs = pairs.reshape(-1, *pairs.shape[len(axes) :])
+    missing = (1 << (max(len(pairs), 1) - 1).bit_length()) - len(pairs)  # to a power of two
+    pairs = jnp.pad(pairs, [(0, missing)] + [(0, 0)] * (pairs.ndim - 1))
+    while len(pairs) > 1:
+        pairs = add_pairs(*jnp.split(pairs, 2))
+    return pairs[0]
+
+
 def sum_counts(counts: Float[Array, "*pairs 2"], axes: tuple[str, ...]) -> Float[Array, "*pairs 2"]:
     """The sums of counts over the devices along mesh axes, exact up to 2^36 in float32."""
     high = jnp.floor(counts[..., 0] / STEP) * STEP
@@ -60,10 +76,7 @@ P = TypeVar("P", bound="Pool")  # typing.Self has no meaning to run-time checker
 class Pool(eqx.Module):
     """Statistics that add over tokens, of one matrix or, with leading axes, of a stack.
 
-    `a + b`, `sum(list)` and `.sum(axis)` of what vmap or scan stacked are the statistics of all
-    calls together: a scan may carry them from `zeros`, which is neutral. Over the devices of a
-    shard_map use `axes=`, or `jax.lax.all_gather(e, "data").sum()`; `jax.lax.psum` is right too,
-    with pooled counts beyond 2^24 rounded to float32.
+    `jax.lax.psum` of them is right too, with pooled counts beyond 2^24 rounded to float32.
     """
 
     sums: eqx.AbstractVar[Float[Array, "*stack k 2"]]
@@ -92,15 +105,13 @@ class Pool(eqx.Module):
     def __add__(self: P, other: P) -> P:
         need(
             jax.tree.structure(self) == jax.tree.structure(other),
-            f"only statistics of the same weight matrix pool; got {type(self).__name__} and "
-            f"{type(other).__name__} of different kind or width: keep one per layer.",
+            "only statistics of one kind and of the same weight matrix pool: keep one per layer.",
         )
         added = jax.tree.map(jnp.add, self, other)
         return dataclasses.replace(added, sums=add_pairs(self.sums, other.sums))
 
     def __radd__(self: P, other: int) -> P:
-        # 0 + self, so that the built-in sum pools a list.
-        if other != 0:
+        if other != 0:  # with which the built-in sum begins
             raise TypeError(f"cannot add {other!r} to {type(self).__name__}.")
         return self
 
@@ -108,23 +119,9 @@ class Pool(eqx.Module):
         """Pool over the leading axes that vmap or scan stacked (axis counts from the front)."""
         axes, stacked = (axis,) if isinstance(axis, int) else tuple(axis), self.sums.ndim - 2
         need(
-            stacked > 0,
-            "nothing to sum: these statistics have no stacked axis (one call, one matrix).",
-        )
-        need(
             all(0 <= a < stacked for a in axes),
-            f"axis must name stacked axes, from 0 to {stacked - 1} here; got {axis}.",
+            f"axis must name stacked axes, of which these statistics have {stacked}; got {axis}.",
         )
-
-        def in_pairs(sums: Float[Array, "..."]) -> Float[Array, "..."]:
-            # By halves: in a jax.lax.reduce XLA changes the order, and loses what rounding took.
-            sums = jnp.moveaxis(sums, axes, range(len(axes)))
-            sums = sums.reshape(-1, *sums.shape[len(axes) :])
-            missing = (1 << (max(len(sums), 1) - 1).bit_length()) - len(sums)
-            sums = jnp.pad(sums, [(0, missing)] + [(0, 0)] * (sums.ndim - 1))
-            while len(sums) > 1:
-                sums = add_pairs(*jnp.split(sums, 2))
-            return sums[0]
-
         added = jax.tree.map(lambda leaf: jnp.sum(leaf, axes), self)
-        return dataclasses.replace(added, sums=unsharded(in_pairs)(jnp.asarray(self.sums)))
+        sums = unsharded(partial(sum_pairs, axes=axes))(jnp.asarray(self.sums))
+        return dataclasses.replace(added, sums=sums)

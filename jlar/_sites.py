@@ -23,6 +23,16 @@ class Row(NamedTuple):
     through: tuple[str, ...] = ()  # The control flow around the product, outermost first
     why: str = ""  # Why nothing is measured
 
+    def cells(self) -> tuple[str, ...]:
+        """The row as text; a reason takes the place of all that a product has."""
+        shape, tokens, rows = (
+            " x ".join(map(str, a)) for a in (self.shape, self.tokens, self.rows)
+        )
+        if self.why:
+            return self.path, shape, f"- {self.why}"
+        sizes = str(self.m), str(self.n), tokens or "1", rows
+        return self.path, shape, self.name, *sizes, ", ".join(self.through)
+
 
 class Sites(tuple[Row, ...]):
     """Rows that print as a table."""
@@ -33,58 +43,35 @@ class Sites(tuple[Row, ...]):
         names, rows = program.names(), []
         for i, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True)):
             here = [site for site in program.plan.sites if site.key.leaf == i]
-            rows += dict.fromkeys(
-                Row(
-                    path,
-                    leaf.shape,
-                    names[site.key.beyond(program.manual)],
-                    site.key.m,
-                    site.key.n,
-                    site.tokens,
-                    site.key.stack,
-                    site.through[::-1],
-                )
-                for site in here
-            )
+            for key, tokens, through in here:
+                name = names[key.beyond(program.manual)]
+                measured = name, key.m, key.n, tokens, key.stack, through[::-1]
+                rows.append(Row(path, leaf.shape, *measured))
             why = dict.fromkeys(note for number, note in program.plan.notes if number == i)
             if why or not here:
                 rows.append(Row(path, leaf.shape, why="; ".join(why) or _unseen(program, i)))
-        return cls(rows)
+        return cls(dict.fromkeys(rows))
 
     def __str__(self) -> str:
         head = ("array", "shape", "measured as", "m", "n", "tokens", "rows", "through")
-        lines: list[tuple[str, ...]] = [head]
-        for row in self:
-            if row.why:
-                lines.append((row.path, _product(row.shape), f"- {row.why}"))
-                continue
-            name = "" if row.name == row.path else row.name
-            sizes = str(row.m), str(row.n), _product(row.tokens) or "1", _product(row.rows)
-            through = ", ".join(row.through)
-            lines.append((row.path, _product(row.shape), name or "itself", *sizes, through))
+        lines = [head, *(row.cells() for row in self)]
         # A reason, third in its row, may run over the columns that it leaves empty.
         full = [line for line in lines if len(line) > 3]
         widths = [max(len(line[i]) for line in (lines if i < 2 else full)) for i in range(8)]
-        padded = (
-            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=False)) for line in lines
-        )
-        return "\n".join(line.rstrip() for line in padded)
+        return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
     __repr__ = __str__
 
 
-def _product(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
 def _unseen(program: Program, i: int) -> str:
-    leaf = program.leaves[i]
-    if not is_weight(leaf):
+    """Why a leaf that met nothing has no site."""
+    jaxpr = program.closed.jaxpr
+    variable = jaxpr.invars[i]
+    if not is_weight(program.leaves[i]):
         return "a random key"
-    variable = program.closed.jaxpr.invars[i]
-    used = any(variable is atom for eqn in program.closed.jaxpr.eqns for atom in eqn.invars)
-    if any(variable is atom for atom in program.closed.jaxpr.outvars):
+    if any(variable is atom for atom in jaxpr.outvars):
         return "returned as it is"
+    used = any(variable is atom for eqn in jaxpr.eqns for atom in eqn.invars)
     return "never meets data" if used else "not used"
 
 
@@ -95,10 +82,7 @@ def sites(
 
     Nothing is computed: the arguments may be `jax.ShapeDtypeStruct`s, as from `jax.eval_shape`.
 
-    Args:
-        f: as for `jlar.capture`.
-        where: as for `jlar.capture`; what it leaves out is listed as such.
-        axes: as for `jlar.capture`.
+    Args: f, where and axes are those of `jlar.capture`; what `where` leaves out is listed as such.
 
     Returns:
         A function of the same arguments that returns `Sites`: a tuple of rows with path, shape,
@@ -119,8 +103,8 @@ def sites(
         >>> params = {name: jax.ShapeDtypeStruct(s, jnp.float32) for name, s in shapes.items()}
         >>> print(jlar.sites(loss)(params, jax.ShapeDtypeStruct((4, 6), jnp.int32)))
         array      shape      measured as  m   n  tokens  rows  through
-        W          3 x 8 x 8  itself       8   8  4 x 6   3     scan of 3
-        embedding  50 x 8     itself       50  8  4 x 6
+        W          3 x 8 x 8  W            8   8  4 x 6   3     scan of 3
+        embedding  50 x 8     embedding    50  8  4 x 6
         embedding  50 x 8     - looked up by data (an embedding)
         gain       8          - times data, entry by entry (a gain, a mask), is data
     """

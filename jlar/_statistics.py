@@ -9,10 +9,10 @@ from jaxtyping import Array, PyTree
 
 from . import _checks as check
 from . import _mesh as mesh
-from ._devices import MeshSplit, whole
+from ._devices import MeshSplit
 from ._energies import Energies, energies
+from ._grams import Grams, grams
 from ._pool import sum_counts
-from ._spectra import Grams, grams
 
 
 def statistics(
@@ -29,12 +29,12 @@ def statistics(
         squares = product.squares(keep, acc, W, X, Y, *sizes)
         n = product.n * mesh.size(split.n)
         return Energies.of(squares, product.counts(keep, acc, *sizes), n)
-    exchanged = mesh.Split(n=split.n, columns=split.n)
+    by_inputs = mesh.Split(n=split.n, columns=split.n)
     matrices, stacked = product.matrices(keep, W, X, None if measure is grams else Y, *sizes)
 
     def one(W: Array, X: Array, Y: Array | None, keep: Array | None) -> PyTree:
         if Y is None:
-            return grams(W, X, mask=keep, axes=exchanged)
+            return grams(W, X, mask=keep, axes=by_inputs)
         X, Y = X.reshape(-1, X.shape[-1]), Y.reshape(-1, Y.shape[-1])
         sums = measure(W, X, Y, None if keep is None else keep.reshape(-1))
         return jax.tree.map(jnp.asarray, sums)
@@ -49,29 +49,24 @@ def over_devices(statistic: PyTree, split: MeshSplit, loops: int, axes: Iterable
 
     `loops` is how many axes of its stack are those of loops, before those of the product.
     """
-    axes = tuple(axes)
-
-    def add(a: Array, names: Iterable[str]) -> Array:
-        names = tuple(name for name in names if name in axes)
-        return jax.lax.psum(a, names) if names else a
+    axes = frozenset(axes)
+    split = MeshSplit(*(tuple(name for name in names if name in axes) for names in split))
 
     def counted(sums: Array) -> Array:
         calls, tokens = sums[..., -3:-2, :], sums[..., -2:, :]
-        names = tuple(name for name in split.t if name in axes)
-        return jnp.concatenate([calls, sum_counts(tokens, names) if names else tokens], axis=-2)
+        return jnp.concatenate([calls, sum_counts(tokens, split.t)], axis=-2)
 
     if isinstance(statistic, Energies):
         e, by = statistic, (split.y, split.t + split.n, split.m + split.n)
-        squares = [add(a, names) for a, names in zip((e.y, e.x, e.w), by, strict=True)]
+        squares = [jax.lax.psum(a, names) for a, names in zip((e.y, e.x, e.w), by, strict=True)]
         statistic = Energies.of(squares, counted(e.sums), e.n)
     elif isinstance(statistic, Grams):
-        g = statistic
-        statistic = Grams(add(g.w, split.m), add(g.x, split.t), counted(g.sums))
+        w, x = jax.lax.psum(statistic.w, split.m), jax.lax.psum(statistic.x, split.t)
+        statistic = Grams(w, x, counted(statistic.sums))
     else:
-        statistic = jax.tree.map(lambda a: add(a, split.t), statistic)
-    rows = tuple(name for name in split.stack if name in axes)
+        statistic = jax.lax.psum(statistic, split.t)
 
-    def gathered(a: Array) -> Array:
-        return jax.lax.all_gather(a, rows, axis=loops, tiled=True) if rows else a
+    def whole(a: Array) -> Array:
+        return mesh.whole(jax.lax.all_gather(a, split.stack, axis=loops, tiled=True), axes)
 
-    return jax.tree.map(lambda a: whole(gathered(a), axes), statistic)
+    return jax.tree.map(whole, statistic)

@@ -3,9 +3,10 @@
 from functools import partial
 from typing import NamedTuple
 
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, Float
 
 from . import _checks as check
+from ._checks import Inputs, Mask, Weights
 from ._energies import lar
 from ._mesh import Axes, Split
 
@@ -19,12 +20,12 @@ class UpdateAlignment(NamedTuple):
 
 
 def update_alignment(
-    W0: Float[ArrayLike, "m n"],
-    W: Float[ArrayLike, "m n"],
-    X0: Float[ArrayLike, "*t n"],
-    X: Float[ArrayLike, "*t n"],
+    W0: Weights,
+    W: Weights,
+    X0: Inputs,
+    X: Inputs,
     *,
-    mask: Shaped[ArrayLike, "*t"] | None = None,
+    mask: Mask | None = None,
     axes: Axes | Split | None = None,
 ) -> UpdateAlignment:
     r"""The log-alignment ratios of the three terms by which training changes a layer's output.
@@ -35,17 +36,17 @@ def update_alignment(
     1/2 where the factors ignore each other and 1 where B has rank one and A lies along it.
 
     What the parameterisation literature calls full alignment is alpha = u = 1, omega = 1/2: an
-    update may line up with any input, a random W0 hardly can. Since LAR is at most
-    $1 + \frac12 \log_n p_1$, where $p_1$ tends to $(1 + \sqrt{n/m})^2 / n$ for independent entries,
-    omega is at most $1/2 + \log_n(1 + \sqrt{n/m})$ at random initialisation: 1/2 in the limit of
-    large n at fixed m/n, but up to 1 for a layer of few outputs.
+    update may line up with any input, a random W0 hardly can. LAR is at most
+    $1 + \frac12 \log_n p_1$, where $p_1$ of independent entries tends to
+    $(1 + \sqrt{n/m})^2 / n$: so omega is at most $1/2 + \log_n(1 + \sqrt{n/m})$ at random
+    initialisation, 1/2 in the limit of large n at fixed m/n, but up to 1 for few outputs.
 
     The terms are those of Everett et al., arXiv 2407.05872. Squares are summed over tokens before
-    the logarithm, as everywhere in jlar. The scheduler m-wojnar/maxP averages the logarithm over
-    tokens, a different number: equal only if all rows have the same ratio.
+    the logarithm, as everywhere in jlar; the scheduler m-wojnar/maxP averages the logarithm over
+    tokens, which is equal only if all rows have the same ratio.
 
     Args: W0 and X0 at the reference step, usually initialisation; W and X now, of the same tokens
-        in the same order; mask and axes ("t" and "m") as of every function, `help(jlar)`.
+        in the same order; axes may name "t" and "m".
 
     Returns:
         `UpdateAlignment(alpha, omega, u)`, scalars in [-inf, 1], float32 (float64 if an input is),
@@ -61,19 +62,15 @@ def update_alignment(
         >>> print(" ".join(f"{a:.2f}" for a in jlar.update_alignment(W0, W, X0[:1], X[:1])))
         1.00 0.52 0.41
     """
-    (W0, dW), (X0, dX) = _change(W0, W, "W"), _change(X0, X, "X")
-    acc = check.accumulator(W0, dW, X0, dX)
-    W0, dW, X0, dX = (a.astype(acc) for a in (W0, dW, X0, dX))
+    W0, X0 = check.real_array(W0, "W0"), check.real_array(X0, "X0")
+    W, X = check.real_array(W, "W"), check.real_array(X, "X")
+    for name, before, now in (("W", W0, W), ("X", X0, X)):
+        check.need(
+            before.shape == now.shape,
+            f"{name}0 and {name} must have the same shape, before and after; got {before.shape} "
+            f"and {now.shape}. Pass the same tokens and the same layer at both steps.",
+        )
+    acc = check.accumulator(W0, W, X0, X)
+    W0, W, X0, X = (a.astype(acc) for a in (W0, W, X0, X))
     term = partial(lar, mask=mask, axes=axes)
-    return UpdateAlignment(alpha=term(dW, X0), omega=term(W0, dX), u=term(dW, dX))
-
-
-def _change(before: ArrayLike, now: ArrayLike, name: str) -> tuple[Array, Array]:
-    before, now = check.real_array(before, f"{name}0"), check.real_array(now, name)
-    check.need(
-        before.shape == now.shape,
-        f"{name}0 and {name} must have the same shape, before and after; got {before.shape} "
-        f"and {now.shape}. Pass the same tokens and the same layer at both steps.",
-    )
-    acc = check.accumulator(before, now)
-    return before.astype(acc), now.astype(acc) - before.astype(acc)
+    return UpdateAlignment(alpha=term(W - W0, X0), omega=term(W0, X - X0), u=term(W - W0, X - X0))

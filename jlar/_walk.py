@@ -16,10 +16,10 @@ from jaxtyping import Array, PyTree
 from . import _devices as devices
 from . import _mesh as mesh
 from ._energies import energies
+from ._grams import grams
 from ._origin import DATA, Origin, made_by, why
 from ._plan import EqnPlan, Key, Plan, Site, Step
 from ._products import PRODUCTS, Product
-from ._spectra import grams
 from ._statistics import statistics
 
 
@@ -103,7 +103,7 @@ class Walk:
         """An equation that is no product of a weight with data and has none inside."""
         name, notes = eqn.primitive.name, []
         if name in devices.ONE_TO_ONE and len(given) == len(eqn.outvars):
-            origins = [o._replace(same=None, pieces=()) for o in given]
+            origins = [o._replace(same=None, joins=()) for o in given]
             return EqnPlan(devices.after(eqn, origins))
         large = given
         if name in ("mul", "div") and any(o.leaves for o in given):

@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, ArrayLike, Float, Int, Integer, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
 from . import _checks as check
+from ._checks import Inputs, Mask, Weights
 from ._energies import Energies, energy, sums
 from ._mesh import Axes, Split, total, unsharded, vary_as, varying
 
@@ -32,11 +33,11 @@ class _Rule(NamedTuple):
 
 
 def cross_entropy(
-    W: Float[ArrayLike, "V n"],
-    X: Float[ArrayLike, "*t n"],
+    W: Weights,
+    X: Inputs,
     labels: Integer[ArrayLike, "*t"],
     *,
-    mask: Shaped[ArrayLike, "*t"] | None = None,
+    mask: Mask | None = None,
     weights: Float[ArrayLike, "*t"] | None = None,
     chunk: int | None = None,
     soft_cap: float | None = None,
@@ -50,45 +51,40 @@ def cross_entropy(
     $\ell_t = \log \sum_v e^{z_{tv}} - z_{t, label_t} + \zeta (\log \sum_v e^{z_{tv}})^2$ with
     $z = Y = XW^T$, or $c \tanh(Y / c)$ under a soft-cap c; the mean over the tokens kept, which are
     those in the mask whose label is not `ignore`. The (tokens, V) logits never exist: a scan goes
-    over chunks of tokens. The energies are sums over each chunk's Y while it is there; to have a
-    gradient of LAR differentiate `jlar.lar`.
+    over chunks of tokens, and the energies are sums over each chunk's Y while it is there.
 
-    Time is about that of the plain loss: where "mean" and "sum" are differentiated, each chunk's
-    part of both gradients is computed in the forward pass, while its logits are there, and scaled
-    by the cotangent in the backward pass. "none" cannot know its cotangents: it computes the logits
-    twice, 4/3 of the products. Without differentiation no gradient is computed.
-
-    Memory beside the results: chunk x V logits, and when differentiated the gradient of W twice,
-    in float32. Under `jax.vmap` every instance has its own: give X leading axes instead, which is
-    the same loss. Products of float32 operands are exact to float32 (no TF32, no single bf16
-    pass); cast W and X to bfloat16 for the speed of half precision. Their products are then summed
-    in float32, with the gradient of each logit rounded to bfloat16 as operand of the next product.
+    Time is about that of the plain loss: under "mean" and "sum" the gradients are computed chunk by
+    chunk in the forward pass, if at all, and scaled by the cotangent in the backward pass; "none"
+    computes the logits twice, 4/3 of the products. Memory: chunk x V logits and, when
+    differentiated, the gradient of W twice, in float32; under `jax.vmap` that for each instance, so
+    give X leading axes instead. Products of float32 operands are exact to float32 (no TF32); those
+    of half precision are summed in float32, with the gradient of each logit rounded to it.
 
     Reverse mode only, as for any `jax.custom_vjp`: `jax.jvp` raises TypeError. Second derivatives
-    (grad of grad, `jax.hessian`) are right, but keep all logits as the plain loss does.
+    are right, but keep all logits as the plain loss does.
 
-    Args: the unembedding W (V, n), X and mask are those of every function of (W, X), `help(jlar)`;
-        W and X of different dtypes, or narrower than half precision, are both cast to float32;
+    Args:
+        W: the unembedding (V, n). If W and X differ in dtype, or are narrower than half precision,
+            both are cast to float32.
         labels: (...,) integers from 0 to V - 1, or `ignore`, after what makes the logits.
         weights: (...,) factors of the tokens' losses; "mean" divides by their sum. A token of
             weight 0 is dropped as by the mask; the energies count all others once.
         chunk: tokens at a time. By default n, for which the logits take the room of one float32
             gradient of W, or as many as 2^24 logits (64 MiB) allow if that is more.
-        soft_cap: c, a positive Python number; None for none.
+        soft_cap: c, a positive Python number.
         z_loss: $\zeta$, a Python number: the weight of the squared log-partition function.
         ignore: the label of tokens that do not count.
         reduction: "mean" over the tokens kept, or their "sum" (to divide by a count pooled over
             micro-batches or devices), or "none": one loss per token, 0 where dropped.
-        axes: inside `jax.shard_map` (with check_vma, its default), the mesh axes that split the
-            tokens "t" and the vocabulary "m"; labels are those of the whole vocabulary. "mean" and
-            "sum" are over all devices, and the gradients those of the whole loss. Per chunk, three
-            numbers per token are summed over the axes of "m"; no logits move.
+        axes: may split the tokens "t" and the vocabulary "m" (with check_vma, the default of
+            `jax.shard_map`); labels are those of the whole vocabulary, "mean" and "sum" over all
+            devices, gradients those of the whole loss. No logits move, but three numbers per token.
 
     Returns:
         (loss, `Energies`): the loss float32 (float64 if an input is), () or for "none" (...,). It
         is nan for the mean of no tokens, and for a kept token with a label outside 0..V-1; nan
         losses have nan gradients. The energies are those of `jlar.energies(W, X, mask=kept)`: Y
-        before the soft-cap, kept tokens only.
+        before the soft-cap.
 
     Example:
         >>> import jax, jlar.losses
@@ -99,21 +95,27 @@ def cross_entropy(
         >>> print(f"{loss:.3f} {energies.lar:.3f} {energies.count} {dW.shape}")
         4.180 0.503 63 (64, 64)
     """
-    check.need(
-        reduction in ("mean", "sum", "none"),
-        f'reduction must be "mean", "sum" or "none"; got {reduction!r}.',
-    )
-    check.need(
-        soft_cap is None or 0 < soft_cap < math.inf,
-        f"soft_cap must be positive, or None for no cap; got {soft_cap}.",
-    )
+    reductions = "mean", "sum", "none"
+    check.need(reduction in reductions, f"reduction must be of {reductions}; got {reduction!r}.")
+    capped = soft_cap is None or 0 < soft_cap < math.inf
+    check.need(capped, f"soft_cap must be positive, or None for no cap; got {soft_cap}.")
     check.need(0 <= z_loss < math.inf, f"z_loss must be a finite weight, 0 for none; got {z_loss}.")
     W, X, _, split = check.operands(W, X, None, axes)
     _check_split(split, axes)
-    (V, n), tokens = W.shape, X.shape[:-1]
+    (V, n), tokens, acc = W.shape, X.shape[:-1], check.accumulator(W, X)
     chunk = max(n, 2**24 // V) if chunk is None else chunk
     check.need(chunk >= 1, f"chunk must be at least 1 token, or None to choose it; got {chunk}.")
-    labels, acc = _check_labels(labels, tokens), check.accumulator(W, X)
+    labels = jnp.asarray(labels)
+    check.need(
+        jnp.issubdtype(labels.dtype, jnp.integer),
+        f"labels must be integers, one class per token; got dtype {labels.dtype}. For one-hot "
+        "labels pass jnp.argmax(labels, axis=-1).",
+    )
+    check.need(
+        labels.shape == tokens,
+        f"labels must have one entry per token, shape {tokens}; got shape {labels.shape}.",
+    )
+    labels = labels.astype(int)  # the widest there is: `ignore` need not fit a label's own dtype
     keep = labels != ignore
     if mask is not None:
         keep &= check.kept(mask, tokens)
@@ -121,20 +123,21 @@ def cross_entropy(
     keep &= check.kept(factors, tokens, "weights")
     factors = check.zero_masked(factors.astype(acc), keep)
     X = check.zero_masked(X, keep)
+    # A label that is dropped must be in range, for one out of range makes the loss nan.
+    labels = jnp.where(keep, labels, 0)
 
-    native = W.dtype == X.dtype and W.dtype in check.NATIVE
-    dtype = W.dtype if native else acc
+    dtype = W.dtype if W.dtype == X.dtype and W.dtype in check.MULTIPLIED else acc
     rule = _Rule(chunk, soft_cap, z_loss, reduction != "none", dtype, split.m)
-    labels = jnp.where(keep, labels, 0)  # so that out of range means nan, wherever it is seen
 
     def all_losses(W: Array, X: Array, labels: Array, factors: Array) -> tuple[Array, Array]:
-        # Said to vary over the devices, W and X have gradients that JAX sums over them.
+        # Where one operand is the same on devices that hold different parts of the other, its
+        # gradient has to be summed over them. JAX does so if it is told that the operand varies.
         W, X = vary_as(W, X, labels, factors), vary_as(X, W, labels, factors)
         loss, y = _losses(rule, W, X.reshape(-1, n), labels.ravel(), factors.ravel())
         return (loss if rule.pooled else loss.reshape(tokens)), y
 
-    of_loss = PartitionSpec() if rule.pooled else jax.typeof(labels).sharding.spec
-    loss, y = unsharded(all_losses, (of_loss, PartitionSpec()))(
+    loss_spec = PartitionSpec() if rule.pooled else jax.typeof(labels).sharding.spec
+    loss, y = unsharded(all_losses, (loss_spec, PartitionSpec()))(
         W.astype(dtype), X.astype(dtype), labels, factors
     )
     loss = loss if reduction == "none" else total(loss, split.t, split)
@@ -149,27 +152,11 @@ def _check_split(split: Split, axes: Axes | None) -> None:
         'axes may split the tokens "t" and the vocabulary "m", over different mesh axes; got '
         f"{axes!r}. Gather W over {(*split.n, *split.gathered)} first, as its product would.",
     )
-    for axis in split.m:
-        check.need(
-            axis in varying(jax.lax.axis_index(axis)),
-            f"axes splits the vocabulary over {axis!r}, whose gradients need to know what "
-            "varies over it: leave check_vma of jax.shard_map at True.",
-        )
-
-
-def _check_labels(labels: ArrayLike, tokens: tuple[int, ...]) -> Int[Array, "*t"]:
-    labels = jnp.asarray(labels)
     check.need(
-        jnp.issubdtype(labels.dtype, jnp.integer),
-        f"labels must be integers, one class index per token; got dtype {labels.dtype}. For "
-        "one-hot labels pass jnp.argmax(labels, axis=-1).",
+        all(axis in varying(jax.lax.axis_index(axis)) for axis in split.m),
+        f"the vocabulary is split over {split.m}, and its gradients need to know what varies over "
+        "them: leave check_vma of jax.shard_map at True.",
     )
-    check.need(
-        labels.shape == tokens,
-        f"labels must have one entry per token, shape {tokens}, as X has without its last "
-        f"axis; got shape {labels.shape}.",
-    )
-    return labels.astype(int)  # the widest there is: `ignore` need not fit a label's own dtype
 
 
 def _token_losses(
@@ -182,17 +169,17 @@ def _token_losses(
     first = jax.lax.axis_index(rule.vocabulary) * Y.shape[1] if rule.vocabulary else 0
     is_label = labels[:, None] - first == jnp.arange(Y.shape[1])[None]
     label_z = jnp.sum(jnp.where(is_label, z, 0), axis=-1)
-    found = jnp.sum(is_label, axis=-1, dtype=Y.dtype)
+    in_range = jnp.sum(is_label, axis=-1, dtype=Y.dtype)
     if rule.vocabulary:
         top = jax.lax.pmax(jax.lax.stop_gradient(log_sum), rule.vocabulary)
-        shares = (jnp.exp(log_sum - top), label_z, found)
-        whole, label_z, found = jax.lax.psum(shares, rule.vocabulary)
+        shares = (jnp.exp(log_sum - top), label_z, in_range)
+        whole, label_z, in_range = jax.lax.psum(shares, rule.vocabulary)
         log_sum = top + jnp.log(whole)
     loss = log_sum - label_z
-    if rule.z_loss:  # its square may be infinite, of which no part is nan
+    if rule.z_loss:  # 0 times the square would be nan where the square is infinite
         loss += rule.z_loss * jnp.square(log_sum)
     # A factor and not a where: of a label out of range the gradient is nan as well.
-    loss = loss * jnp.where(found > 0, 1, jnp.nan).astype(loss.dtype)
+    loss = loss * jnp.where(in_range > 0, 1, jnp.nan).astype(loss.dtype)
     return jnp.where(factors != 0, loss, 0)
 
 
@@ -204,9 +191,9 @@ def _scan(
     factors: Float[Array, "t"],
     cotangents: Float[Array, "t"] | None,
 ) -> tuple[Float[Array, "t"], Float[Array, ""], list[Array]]:
-    """Losses, the sum of squares of Y and, given cotangents of the losses, the gradients.
+    """Losses, the sum of squares of Y and, given cotangents of the losses, gradients of W and X.
 
-    They are those of W and X, in the dtype of sums; without cotangents the list is empty.
+    The gradients have the dtype of sums; without cotangents their list is empty.
     """
     acc = check.accumulator(W, X)
     t = X.shape[0]
@@ -225,11 +212,11 @@ def _scan(
         x, label, factor, cotangent = tokens
         Y = check.product(x, W, acc)
         losses, pull = jax.vjp(lambda Y: _token_losses(Y, label, factor, rule), Y)
-        found = losses, energy(Y, Y.dtype)  # Y = 0 where X was zeroed: only kept tokens count
+        y = energy(Y, Y.dtype)  # Y = 0 where X was zeroed: only kept tokens count
         if cotangent is None:
-            return None, (*found, None)
+            return None, (losses, y, None)
         G = pull(vary_as(cotangent, losses))[0].astype(rule.dtype)
-        return dW + check.product(G.T, x.T, acc), (*found, check.product(G, W.T, acc))
+        return dW + check.product(G.T, x.T, acc), (losses, y, check.product(G, W.T, acc))
 
     dW = None if cotangents is None else vary_as(jnp.zeros_like(W, acc), W)
     chunks = jax.tree.map(split, (X, labels, factors, cotangents))
@@ -239,12 +226,9 @@ def _scan(
 
 
 def _value(
-    rule: _Rule,
-    W: Float[Array, "V n"],
-    X: Float[Array, "t n"],
-    labels: Int[Array, "t"],
-    factors: Float[Array, "t"],
+    rule: _Rule, W: Array, X: Array, labels: Array, factors: Array
 ) -> tuple[Float[Array, "*t"], Float[Array, ""]]:
+    """The losses times their factors, or the sum of these, and the sum of squares of Y."""
     losses, y, _ = _scan(rule, W, X, labels, factors, None)
     losses = losses * factors
     return (jnp.sum(losses) if rule.pooled else losses), y
@@ -266,8 +250,8 @@ def _backward(rule: _Rule, residuals: Sequence[Array], cotangents: tuple[Array, 
         W, X, labels, factors = residuals
         losses, _, gradients = _scan(rule, W, X, labels, factors, g * factors)
         gradients = [g * losses, *gradients]
-    of_factors, dW, dX = gradients
-    return dW.astype(rule.dtype), dX.astype(rule.dtype), None, of_factors
+    dfactors, dW, dX = gradients
+    return dW.astype(rule.dtype), dX.astype(rule.dtype), None, dfactors
 
 
 _losses = jax.custom_vjp(_value, nondiff_argnums=(0,))

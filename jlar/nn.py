@@ -23,13 +23,12 @@ class _WithLAR(eqx.Module):
     measure: Callable[..., PyTree] = eqx.field(static=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, PyTree]]:
-        """(what the model returns, {path: Energies} of its matrices)."""
-        call = capture(_call, where=self.where, measure=self.measure)
+        call = capture(
+            lambda model, /, *args, **kwargs: model(*args, **kwargs),
+            where=self.where,
+            measure=self.measure,
+        )
         return call(self.model, *args, **kwargs)
-
-
-def _call(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    return model(*args, **kwargs)
 
 
 def with_lar(
@@ -44,9 +43,8 @@ def with_lar(
     Example:
         >>> import equinox as eqx, jax, jlar
         >>> model = eqx.nn.MLP(8, 4, 32, depth=1, key=jax.random.key(0))
-        >>> model = jlar.nn.with_lar(model, where="layers.1.*")
         >>> x = jax.random.normal(jax.random.key(1), (100, 8))
-        >>> out, lars = jax.vmap(model)(x)
+        >>> out, lars = jax.vmap(jlar.nn.with_lar(model, where="layers.1.*"))(x)
         >>> print(out.shape, {path: f"{e.sum().lar:.2f}" for path, e in lars.items()})
         (100, 4) {'layers.1.weight': '0.57'}
     """

@@ -742,7 +742,7 @@ def test_ambiguous_parts(unchecked):
     )
     raises("check_vma=False.*axes=", mlp, P(), P("data"), check_vma=False)
     raises(
-        'may name what splits the tokens "t"',
+        "the types do not tell what is split.*'n'",
         column_row,
         TENSOR,
         P("data"),
@@ -761,7 +761,7 @@ def test_ambiguous_parts(unchecked):
     )
     raises("'nowhere'", mlp, P(), P("data"), axes={"n": "nowhere"})
     raises("'nowhere'", mlp, P(), P("data"), check_vma=False, axes={"m": "nowhere"})
-    raises("axes maps", mlp, P(), P("data"), axes={"tokens": "data"})
+    raises("axes must map", mlp, P(), P("data"), axes={"tokens": "data"})
 
 
 def test_weights_said_to_vary():

@@ -291,7 +291,7 @@ def test_invariances_and_bounds(m, n, t, seed):
 
 ERRORS = {
     "W must have shape": lambda W, X: jlar.lar(W[None], X),
-    "W must have at least one row": lambda W, X: jlar.lar(W[:0], X),
+    r"at least one row; got shape \(0, 12\)": lambda W, X: jlar.lar(W[:0], X),
     "must be at least 2; got n = 1": lambda W, X: jlar.lar(W[:, :1], X[:, :1]),
     r"X must have shape \(..., 12\)": lambda W, X: jlar.energies(W, X[:, :5]),
     r"kernel\.T": lambda W, X: jlar.lar(W.T, X),
@@ -305,8 +305,8 @@ ERRORS = {
     "fraction is a share": lambda W, X: jlar.principal_dimension(X, 95.0),
     "at least one token axis": lambda W, X: jlar.principal_dimension(X[0]),
     "same weight matrix": lambda W, X: jlar.energies(W, X) + jlar.energies(W[:, :5], X[:, :5]),
-    "nothing to sum": lambda W, X: jlar.energies(W, X).sum(),
-    "from 0 to 0 here": lambda W, X: jlar.Energies.zeros(3, (2,)).sum(-1),
+    "statistics have 0; got 0": lambda W, X: jlar.energies(W, X).sum(),
+    "statistics have 1; got -1": lambda W, X: jlar.Energies.zeros(3, (2,)).sum(-1),
 }
 
 
