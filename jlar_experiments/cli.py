@@ -23,16 +23,16 @@ def main(arguments: list[str] | None = None) -> int:
             again = "the same command without --fresh continues"
         return chosen.command(chosen)
     except errors.Refusal as error:
-        return _told(f"{program}: error: {errors.line(error)}", 2)
+        return _told(f"{program}: error: {errors.line(error)}", error)
     except errors.Stopped as error:
-        return _told(f"{program}: {error}; {again}", error.exit_code)
-    except KeyboardInterrupt:
-        return _told(f"{program}: interrupted; {again}", 130)
+        return _told(f"{program}: {error}; {again}", error)
+    except KeyboardInterrupt as error:
+        return _told(f"{program}: interrupted; {again}", error)
     except Exception as error:
         trouble = errors.trouble(error) or (error if isinstance(error, OSError) else None)
         if trouble is None:
             raise
-        return _told(f"{program}: error: {errors.line(trouble)}", 1)
+        return _told(f"{program}: error: {errors.line(trouble)}", error)
 
 
 def _parser() -> Any:
@@ -51,9 +51,9 @@ def _parser() -> Any:
     return parser
 
 
-def _told(line: str, code: int) -> int:
+def _told(line: str, error: BaseException) -> int:
     print(line, file=sys.stderr, flush=True)
-    return code
+    return errors.code(error)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,18 @@ LONGEST = 400  # characters of a line that tells an error
 
 # Of tensorstore and XLA, whose errors have no class of their own: the machine failed, not the file.
 _TROUBLES = ("RESOURCE_EXHAUSTED", "UNAVAILABLE", "PERMISSION_DENIED", "DEADLINE_EXCEEDED",
-             "ABORTED", "Too many open files", "No space left", "Input/output error")  # fmt: skip
+             "ABORTED", "Too many open files", "No space left", "Input/output error",
+             "Gloo", "NCCL", "oordination service")  # of other hosts  # fmt: skip
 _MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 
-class Refusal(Exception):
+class Told(Exception):
+    """An error whose message is one line, written for users."""
+
+    everywhere = False  # whether each of several hosts that train together has it
+
+
+class Refusal(Told):
     """The user must change something first; the message is one line, the exit code 2."""
 
 
@@ -19,12 +26,14 @@ class Locked(Refusal):
     """Another process is at work in the folder."""
 
 
-class Trouble(Exception):
+class Trouble(Told):
     """The machine failed (a full disk, no memory); the message is one line, the exit code 1."""
 
 
-class Stopped(Exception):
+class Stopped(Told):
     """A signal came, and what was computed is saved; the message says up to where."""
+
+    everywhere = True
 
     def __init__(self, number: int, saved: str):
         super().__init__(f"{signal.Signals(number).name}: {saved}")
@@ -34,9 +43,18 @@ class Stopped(Exception):
 def line(error: BaseException) -> str:
     """The error in one line, with its kind unless it is one of those that are written for users."""
     words = " ".join(str(error).split())
-    if not isinstance(error, Refusal | Trouble | Stopped | OSError):
+    if not isinstance(error, Told | OSError):
         words = f"{type(error).__name__}: {words}"
     return words if len(words) <= LONGEST else words[: LONGEST - 3] + "..."
+
+
+def code(error: BaseException) -> int:
+    """The exit code of a command that ends with this error."""
+    if isinstance(error, Stopped):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    return 2 if isinstance(error, Refusal) else 1
 
 
 def trouble(error: BaseException) -> Trouble | None:

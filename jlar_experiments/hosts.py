@@ -1,5 +1,8 @@
 """Several hosts that train together: what ends a command on one of them ends it on all."""
 
+import atexit
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,11 +18,35 @@ SILENCE = 15  # seconds after which a host that says nothing is dead
 KINDS = {"1": Trouble, "2": Refusal}  # by exit code
 
 
-def start(**where: Any) -> None:
-    """Join the other hosts; arguments as of `jax.distributed.initialize`."""
+@contextmanager
+def joined(**where: Any) -> Iterator[None]:
+    """One of several hosts until the block ends, or an error on any of them.
+
+    Of an error that all have they end together. A host that alone has one, or is interrupted,
+    leaves at once; the others end when they miss it, at most `SILENCE` seconds later.
+
+    Args:
+        where: as of `jax.distributed.initialize`.
+    """
     jax.distributed.initialize(
         **where, heartbeat_timeout_seconds=SILENCE, shutdown_timeout_seconds=SILENCE
     )
+    try:
+        yield
+    except BaseException as error:
+        if not getattr(error, "everywhere", False):
+            # JAX's own way out waits for hosts that do not know of it, and then aborts.
+            atexit.register(_leave, errors.code(error))
+            raise
+        jax.distributed.shutdown()
+        raise
+    jax.distributed.shutdown()
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def lines(own: str) -> list[str]:
@@ -51,7 +78,8 @@ def together() -> Iterator[None]:
         own = own or Trouble(errors.line(error))
     said = "" if own is None else ("2 " if isinstance(own, Refusal) else "1 ") + errors.line(own)
     first = next((each for each in lines(said) if each), "")
+    if own is None and first:
+        own = KINDS[first[0]](first[2:])
     if own is not None:
+        own.everywhere = True
         raise own
-    if first:
-        raise KINDS[first[0]](first[2:])

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def stops() -> Iterator[Callable[[], int]]:
-    """Within the block the signals wait for whoever asks; a second SIGINT interrupts at once.
+def stops(*numbers: int, then: Callable[[], None] = lambda: None) -> Iterator[Callable[[], int]]:
+    """Within the block these signals wait for whoever asks; a second SIGINT interrupts at once.
 
-    Yields a function that returns the number of the first signal that came, 0 if none has.
+    Yields a function that returns the number of the first signal that came, 0 if none has; `then`
+    is called when it comes.
     """
     came: list[int] = []
 
@@ -17,11 +18,10 @@ def stops() -> Iterator[Callable[[], int]]:
         if came and number == signal.SIGINT:
             raise KeyboardInterrupt
         came.append(number)
+        then()
 
     # What a shell starts in the background ignores SIGINT, and goes on doing so.
-    heeded = [
-        each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) != signal.SIG_IGN
-    ]
+    heeded = [each for each in numbers if signal.getsignal(each) != signal.SIG_IGN]
     before = {each: signal.signal(each, note) for each in heeded}
     try:
         yield lambda: came[0] if came else 0

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class Ensemble:
         try:
             if self.epoch():
                 say(f"continuing from epoch {self.epoch()}")
-            with stops() as stop:
+            with stops(signal.SIGINT, signal.SIGTERM) as stop:
                 self._log([each for each in self.members if each.line.epoch < 0], 0.0)
                 self._save(force=True)
                 while (live := self._live()) and time.monotonic() < until and not stop():

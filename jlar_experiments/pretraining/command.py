@@ -207,39 +207,54 @@ def _trained(
 
     `root` is the folder of all, if they have one in common.
     """
+    from .. import hosts
+
+    with contextlib.ExitStack() as stack:
+        if arguments.distributed is not None:
+            stack.enter_context(hosts.joined(**arguments.distributed))
+        for run in runs:
+            _one(arguments, root, *run)
+
+
+def _one(
+    arguments: argparse.Namespace,
+    root: Path | None,
+    config: PretrainConfig,
+    folder: Path,
+    compared: Path | None,
+) -> None:
     import jax
 
     from .. import folder as folders
     from .. import hosts
     from . import study
 
-    if arguments.distributed is not None:
-        hosts.start(**arguments.distributed)
-    for config, folder, compared in runs:
-        with contextlib.ExitStack() as stack:
-            with hosts.together():
-                baseline = None if compared is None else study.baseline(compared)
+    with contextlib.ExitStack() as stack:
+        with hosts.together():
+            baseline = None if compared is None else study.baseline(compared)
+        with _named_as_options():
+            tokens = study.tokens(config, arguments.data)
+        with hosts.together():
             with _named_as_options():
-                tokens = study.tokens(config, arguments.data)
-            with hosts.together():
-                with _named_as_options():
-                    study.check(config, tokens)
-                if root is not None and jax.process_index() == 0:
-                    folders.collection(root, "pretrain", preset=arguments.preset)
-                stack.enter_context(
-                    study.opened(config, arguments.preset, folder, tokens, fresh=arguments.fresh)
-                )
-            if len(runs) > 1:
-                print(f"{folder.name}: {config.epochs:.3g} epochs", file=sys.stderr)
-            if not study.run(config, folder, tokens, baseline):
-                print(f"{folder} is finished", file=sys.stderr)
+                study.check(config, tokens)
+            if root is not None and jax.process_index() == 0:
+                folders.collection(root, "pretrain", preset=arguments.preset)
+            stack.enter_context(
+                study.opened(config, arguments.preset, folder, tokens, fresh=arguments.fresh)
+            )
+        print(f"{folder.name}: {config.epochs:.3g} epochs", file=sys.stderr)
+        if not study.run(config, folder, tokens, baseline):
+            print(f"{folder} is finished", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def _named_as_options() -> Iterator[None]:
     try:
         yield
-    except (ValueError, Refusal) as error:
+    except Refusal as error:
+        error.args = (options.as_options(str(error), list(_settings())),)
+        raise
+    except ValueError as error:
         raise Refusal(options.as_options(str(error), list(_settings()))) from error
 
 

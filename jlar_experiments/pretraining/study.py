@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -264,12 +265,14 @@ def _train(study: Study, progress: Steps, stops: Callable[[int], int]) -> None:
 
 @contextmanager
 def _stops() -> Iterator[Callable[[int], int]]:
-    """A function that says which signal came; several hosts agree on the step, for SIGTERM."""
+    """A function that says which signal came; several hosts agree on the step."""
     if jax.process_count() > 1:
+        # JAX's agreement begins with a SIGTERM on any of them.
         reached = multihost_utils.reached_preemption_sync_point
-        yield lambda step: signal.SIGTERM if reached(step) else 0
+        with stops(signal.SIGINT, then=lambda: os.kill(os.getpid(), signal.SIGTERM)) as stop:
+            yield lambda step: (stop() or signal.SIGTERM) if reached(step) else 0
     else:
-        with stops() as stop:
+        with stops(signal.SIGINT, signal.SIGTERM) as stop:
             yield lambda step: stop()
 
 
@@ -302,6 +305,8 @@ def tokens(config: PretrainConfig, root: Path) -> Path:
         if jax.process_index() > 0 and not (folder / "tokens.json").exists():
             corpus.prepare(*source, folder, say)
         corpus.verify(folder)
-    if len(set(hosts.lines(str(corpus.sidecar(folder).sha256)))) > 1:
-        raise Refusal(f"the token files in {folder} are not the same on all hosts")
+    same = len(set(hosts.lines(str(corpus.sidecar(folder).sha256)))) == 1
+    with hosts.together():
+        if not same:
+            raise Refusal(f"the token files in {folder} are not the same on all hosts")
     return folder
