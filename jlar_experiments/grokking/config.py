@@ -9,6 +9,7 @@ from .tasks import TASKS, Task, task
 
 Norm = Literal["post", "pre", "pre-no-final"]
 Model = Literal["transformer", "mlp"]
+LastBatch = Literal["keep", "drop"]
 LARGEST_P = 1000  # a table of p^2 pairs is on the device
 
 
@@ -32,7 +33,12 @@ class GrokConfig:
     log_every: Annotated[int, "epochs between two logs (paper: 20)"] = 20
     lr: Annotated[float, "learning rate of AdamW, after 10 steps of warm-up (paper: .001)"] = 1e-3
     weight_decay: Annotated[float, "decoupled, on every parameter (paper: 1)"] = 1.0
-    batch_size: Annotated[int, "pairs per step; a smaller last batch is dropped (paper: 512)"] = 512
+    batch_size: Annotated[int, "pairs per step (paper: 512)"] = 512
+    last_batch: Annotated[
+        LastBatch,
+        "the smaller last batch of an epoch: keep it, a step on the mean of its pairs (fits the "
+        "paper's numbers), or drop it",
+    ] = "keep"
     model: Annotated[
         Model,
         "transformer: the paper's; mlp: one-hot x and y into one hidden layer of ReLUs, of this "
@@ -71,6 +77,11 @@ class GrokConfig:
         demand(0 <= decay < float("inf"), "weight_decay must not be negative", decay)
         demand(0 < scale < float("inf"), "embedding_scale must be positive", scale)
         demand(self.norm in get_args(Norm), f"norm must be one of {get_args(Norm)}", self.norm)
+        demand(
+            self.last_batch in get_args(LastBatch),
+            f"last_batch must be one of {get_args(LastBatch)}",
+            self.last_batch,
+        )
         demand(
             self.log_every <= self.epochs,
             f"log_every must not exceed epochs ({self.epochs})",
@@ -134,8 +145,9 @@ class GrokConfig:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches in the training set, one at least."""
-        return max(1, self.train_pairs // self.batch_size)
+        """Batches in the training set, one at least."""
+        whole, rest = divmod(self.train_pairs, self.batch_size)
+        return max(1, whole + (rest > 0 and self.last_batch == "keep"))
 
     @property
     def program(self) -> "GrokConfig":

@@ -46,8 +46,7 @@ def comparators(
     """All of them, from the model, the spectra of its unembedding and the Gram of its logits."""
     squares = jnp.sort(jnp.maximum(jnp.linalg.eigvalsh(gram), 0), descending=True)
     basis, component = harmonics
-    inner = gram[: len(basis), : len(basis)]  # the tokens `op` and `=` are no answers
-    powers = jnp.sum(basis * (inner @ basis), axis=0)
+    powers = jnp.sum(basis * (gram @ basis), axis=0)
     by_component = jnp.zeros(len(component), gram.dtype).at[component].add(powers)
     sizes = jnp.zeros(len(component), gram.dtype).at[component].add(1)
     order = jnp.argsort(by_component, descending=True)

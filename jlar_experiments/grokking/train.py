@@ -21,6 +21,7 @@ from .model import MODELS, Norm, OneHotMLP, Transformer
 Model = Transformer | OneHotMLP
 Trained = tuple[Model, optax.OptState]
 
+PIECE = 512  # pairs that are evaluated together
 HELD = 0.95  # share of the variance for k95, and of p for q_in_top95
 
 
@@ -133,8 +134,9 @@ def _loss(model: Model, rows: Int[Array, "b 3"]) -> Float[Array, ""]:
 
 def _epochs(config: GrokConfig, state: State, data: Data, last: Int[Array, ""]) -> State:
     """Train one member up to epoch `last`, each epoch in an order of its own."""
-    optimiser, steps = _optimiser(config), config.steps_per_epoch
+    optimiser = _optimiser(config)
     batch = min(config.batch_size, config.train_pairs)
+    whole = config.train_pairs // batch
 
     def step(trained: Trained, rows: Int[Array, "b 3"]) -> tuple[Trained, None]:
         model, moments = trained
@@ -145,7 +147,9 @@ def _epochs(config: GrokConfig, state: State, data: Data, last: Int[Array, ""]) 
 
     def epoch(number: Int[Array, ""], trained: Trained) -> Trained:
         rows = jax.random.permutation(jax.random.fold_in(data.order, number), data.train)
-        return jax.lax.scan(step, trained, rows[: steps * batch].reshape(steps, batch, 3))[0]
+        full, rest = jnp.split(rows, [whole * batch])
+        trained, _ = jax.lax.scan(step, trained, full.reshape(whole, batch, 3))
+        return step(trained, rest)[0] if config.steps_per_epoch > whole else trained
 
     start = (state.model, state.optimiser)
     model, moments = jax.lax.fori_loop(state.epoch, last, epoch, start)
@@ -205,16 +209,18 @@ def _each(function: Callable[..., Any], mesh: jax.sharding.Mesh, members: int) -
 
 def _evaluation(model: Model, data: Data) -> tuple[Metrics, jlar.Spectra]:
     W = model.unembedding
-    X, Y, train_loss, train_acc = _answers(model, data.train)
-    *_, val_loss, val_acc = _answers(model, data.validation)
+    # Of all pairs at once, so that the model is compiled once.
+    X, Y, losses, right = _answers(model, jnp.concatenate([data.train, data.validation]))
+    trained = len(data.train)
+    X, Y = X[:trained], Y[:trained]
     spectra = jlar.spectra(W, X, method="svd")
     p, q = spectra.p, spectra.q
     top = jnp.cumsum(p) - p < HELD  # the first directions that reach the share, and no more
     metrics = Metrics(
-        train_loss,
-        train_acc,
-        val_loss,
-        val_acc,
+        jnp.mean(losses[:trained]),
+        jnp.mean(right[:trained]),
+        jnp.mean(losses[trained:]),
+        jnp.mean(right[trained:]),
         lar=spectra.lar,
         k_pred=jlar.effective_dimension(spectra.lar, W.shape[1]),
         k95=jlar.principal_dimension(X, HELD),
@@ -229,15 +235,16 @@ def _evaluation(model: Model, data: Data) -> tuple[Metrics, jlar.Spectra]:
 
 def _answers(
     model: Model, rows: Int[Array, "b 3"]
-) -> tuple[Float[Array, "b n"], Float[Array, "b m"], Float[Array, ""], Float[Array, ""]]:
-    """Unembedding inputs, logits, mean loss and accuracy over these pairs."""
+) -> tuple[Float[Array, "b n"], Float[Array, "b m"], Float[Array, " b"], Float[Array, " b"]]:
+    """Unembedding inputs, logits, loss, and 1 if the answer is right, of each of these pairs."""
 
     def one(row: Int[Array, " 3"]) -> Float[Array, " n"]:
         return model.activations(row[:1], row[1:2])[0]
 
-    # In pieces that stay in a CPU's cache, and that keep the memory of p = 997 within bounds.
-    X = jax.lax.map(one, rows, batch_size=512)
+    # In pieces that stay in a CPU's cache, and that keep the memory of p = 997 within bounds; of
+    # equal size, so that the model is compiled once.
+    padded = jnp.pad(rows, [(0, -len(rows) % PIECE), (0, 0)])
+    X = jax.lax.map(one, padded, batch_size=PIECE)[: len(rows)]
     logits = X @ model.unembedding.T
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 2])
-    right = jnp.argmax(logits, axis=-1) == rows[:, 2]
-    return X, logits, jnp.mean(losses), jnp.mean(right, dtype=jnp.float32)
+    return X, logits, losses, (jnp.argmax(logits, axis=-1) == rows[:, 2]).astype(jnp.float32)

@@ -1,5 +1,6 @@
 """Training and evaluation: against AdamW written out, and each seed against itself alone."""
 
+import dataclasses
 import functools
 
 import jax
@@ -53,21 +54,25 @@ def test_split():
     assert np.any(pairs.train[0] != pairs.train[1])
 
 
-def test_one_epoch_is_adamw_with_warm_up():
-    state, pairs = train.initial(ALONE), data(ALONE)
+@pytest.mark.parametrize(("last_batch", "sizes"), [("keep", (25, 25, 10)), ("drop", (25, 25))])
+def test_one_epoch_is_adamw_with_warm_up(last_batch, sizes):
+    config = dataclasses.replace(ALONE, last_batch=last_batch)
+    assert config.steps_per_epoch == len(sizes)
+    state, pairs = train.initial(config), data(config)
     start = jax.tree.map(lambda a: np.asarray(a[0], np.float64), state.model)
     order = jax.random.fold_in(pairs.order[0], 7)
-    rows = jax.random.permutation(order, pairs.train[0])[:50].reshape(2, 25, 3)
+    rows = jnp.split(jax.random.permutation(order, pairs.train[0]), np.cumsum(sizes))
 
     @jax.jit
     @jax.grad
     def gradient(model, rows):
         logs = jax.nn.log_softmax(model(rows[:, 0], rows[:, 1]))
-        return -jnp.mean(logs[jnp.arange(25), rows[:, 2]])
+        return -jnp.mean(logs[jnp.arange(len(rows)), rows[:, 2]])
 
     leaves, structure = jax.tree.flatten(start)
     first, second = [np.zeros_like(a) for a in leaves], [np.zeros_like(a) for a in leaves]
-    for step, lr in ((1, 1e-4), (2, 2e-4)):  # linear from a tenth, in ten steps
+    for step in range(1, 1 + len(sizes)):
+        lr = step * 1e-4  # linear from a tenth, in ten steps
         model = jax.tree.unflatten(structure, [jnp.asarray(a, jnp.float32) for a in leaves])
         slopes = [
             np.asarray(g, np.float64) for g in jax.tree.leaves(gradient(model, rows[step - 1]))
@@ -78,7 +83,7 @@ def test_one_epoch_is_adamw_with_warm_up():
             a - lr * (m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.98**step)) + 1e-8) + 1.0 * a)
             for a, m, v in zip(leaves, first, second, strict=True)
         ]
-    after = advanced(ALONE, state._replace(epoch=jnp.array([7], jnp.int32)), pairs, 8)
+    after = advanced(config, state._replace(epoch=jnp.array([7], jnp.int32)), pairs, 8)
     assert after.epoch[0] == 8
     for ours, expected in zip(jax.tree.leaves(after.model), leaves, strict=True):
         np.testing.assert_allclose(ours[0], expected, atol=2e-6)
