@@ -156,7 +156,7 @@ def test_an_alarm_is_that_of_watch_and_is_said_once(config, tokens, tmp_path, mo
     log = logs.read(folder / "metrics.jsonl")
     monitor, _ = verdict.watched(jlar.Monitor.init(n=config.width), log, high)
     assert verdict.verdict(monitor, log, high)["first_alarm_step"] == first
-    assert f"{first} (deviation)" in report.write(folder)
+    assert f"{first} (deviation)" in report.report([folder]).text
 
 
 def copied(whole, tmp_path):
