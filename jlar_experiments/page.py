@@ -4,7 +4,7 @@ import base64
 import html
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ Table = Sequence[Sequence[str]]  # rows of cells, the header first
 MARK = '<meta name="generator" content="jlar">'
 RELOAD = 10  # seconds
 WIDTH = 80  # characters of a line of text
+SHORT, LONG = 12, 20  # characters of a cell on one line, of a word that is not broken
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -45,8 +46,9 @@ figcaption, .note {{ color: var(--faint); font-size: .9rem; }}
 .swatch {{ display: inline-block; width: .8em; height: .8em; border-radius: 50%; }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }}
 td, th {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid var(--line); }}
-td, th {{ overflow-wrap: normal; }}
-td:first-child, th:first-child {{ text-align: left; padding-left: 0; overflow-wrap: anywhere; }}
+.words {{ overflow-wrap: normal; }}
+td.short {{ white-space: nowrap; }}
+td:first-child, th:first-child {{ text-align: left; padding-left: 0; }}
 .wide {{ overflow-x: auto; }}
 @media (max-width: 60rem) {{  /* each row is a block of lines: a column's name, the value */
   table, tbody, tr, td {{ display: block; }}
@@ -55,7 +57,6 @@ td:first-child, th:first-child {{ text-align: left; padding-left: 0; overflow-wr
   td {{ display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: 0; }}
   td::before {{ content: attr(data-name); color: var(--faint); text-align: left; }}
   td:first-child {{ font-weight: bold; }}
-  td {{ overflow-wrap: anywhere; }}
 }}
 </style>
 <h1>{verdict}</h1>
@@ -166,19 +167,33 @@ def figure(image: Path, caption: str) -> str:
 def table(rows: Table) -> str:
     """The table as HTML."""
     header, *lines = rows
-    names = [html.escape(each) for each in header]
+    head = "".join(f"<th{_breaks(name)}>{html.escape(name)}</th>" for name in header)
     body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td data-name="{name}">{html.escape(cell)}</td>'
-            for name, cell in zip(names, row, strict=True)
-        )
-        + "</tr>\n"
-        for row in lines
+        "<tr>" + "".join(map(_cell, header, row, range(len(row)))) + "</tr>\n" for row in lines
     )
-    head = "".join(f"<th>{name}</th>" for name in names)
     whole = f"<table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table>"
     return f'<div class="wide">{whole}</div>'
+
+
+def settings(runs: Sequence[Mapping[str, object]]) -> str:
+    """What was set in each run as a table in HTML; where runs differ, all values in their order."""
+    rows = [["setting", "value"]]
+    for name in dict.fromkeys(name for run in runs for name in run):
+        values = dict.fromkeys(str(run.get(name, "-")) for run in runs)
+        rows.append([name, ", ".join(values)])
+    return table(rows)
+
+
+def _cell(name: str, words: str, column: int) -> str:
+    short = _breaks(words) if column else ""  # the first column gives way where there is no room
+    return f'<td data-name="{html.escape(name)}"{short}>{html.escape(words)}</td>'
+
+
+def _breaks(words: str) -> str:
+    """Short cells stay on one line, words whole; only what is longer than a word is broken."""
+    if len(words) <= SHORT:
+        return ' class="short words"'
+    return ' class="words"' if max(map(len, words.split())) <= LONG else ""
 
 
 def text(rows: Table, below: Sequence[int] = ()) -> str:

@@ -74,6 +74,7 @@ class Panel:
         y = {**axis, "title": {"text": self.y}, **({"type": "log"} if "y" in self.log else {})}
         layout = {"xaxis": x, "yaxis": {**y, "hoverformat": ".4g"}, "showlegend": False,
                   "height": 320, "margin": {"l": 50, "r": 10, "t": 10, "b": 45},
+                  "hoverlabel": {"namelength": 40},
                   "hovermode": "x unified" if self.together else "closest"}  # fmt: skip
         return {"data": [each.trace() for each in self.curves if np.size(each.y)], "layout": layout}
 

@@ -60,7 +60,9 @@ def report(folders: Sequence[Path]) -> page.Report:
     ends = seeds_table(shown)
     made.add(page.table(ends), page.note(RULE))
     made.draw(_panels(shown))
-    made.text = "\n".join([made.verdict, "", page.text(ends, below=[ends[0].index("val acc")])])
+    made.text = "\n".join(
+        [page.wrapped(made.verdict), "", page.text(ends, below=[ends[0].index("val acc")])]
+    )
     for name, _, run in shown:
         source, table = analysis.summary(run)
         note = f"The paper's columns are its mean (range) over its points: {source}."
@@ -68,7 +70,7 @@ def report(folders: Sequence[Path]) -> page.Report:
         made.add(page.note(note))
         if len(runs) == 1:
             made.text += f"\n\n{page.text(table, below=[6])}\n{page.wrapped(note)}"
-    made.add(page.heading("Settings"), page.table(_settings(shown)))
+    made.add(page.heading("Settings"), page.settings([_settings(run) for run in runs]))
     return made
 
 
@@ -232,13 +234,15 @@ def _agreement(shown: Sequence[Shown]) -> Panel:
         kind = analysis.paper_point(point, any(run.grokked for _, _, run in shown))
         _, points = analysis.reference(shown[0][2].config)
         rows = [each for each in points if each["checkpoint"] == kind]
-        xy = ([float(each[name]) for each in rows] for name in ("k_pred", "k95"))
-        curves.append(Curve(f"paper, {kind.replace('_', ' ')}", GREY, *xy, mark=mark))
+        k_pred, k95 = ([float(each[name]) for each in rows] for name in ("k_pred", "k95"))
+        curves.append(Curve(f"paper, {kind.replace('_', ' ')}", GREY, k_pred, k95, mark=mark))
     for name, colour, run in shown:
         for point, mark in MARKS.items():
             rows = [row for line in run.seeds.values() if (row := line.at(point))]
-            xy = ([np.nan if r[of] is None else r[of] for r in rows] for of in ("k_pred", "k95"))
-            curves.append(Curve(f"{point}, {name}", colour, *xy, mark=mark))
+            k_pred, k95 = (
+                [np.nan if r[of] is None else r[of] for r in rows] for of in ("k_pred", "k95")
+            )
+            curves.append(Curve(f"{point}, {name}", colour, k_pred, k95, mark=mark))
     return Panel("k95 against k", AGREEMENT, "k", "k95", curves, log="xy", together=False)
 
 
@@ -257,12 +261,7 @@ def _spectra(name: str, colour: str, run: Run) -> list[Panel]:
     return found
 
 
-def _settings(shown: Sequence[Shown]) -> list[list[str]]:
-    """What each run was trained with and on; one column each."""
-    columns = []
-    for _, _, run in shown:
-        environment = {name: run.environment[name] for name in run.environment if name != "study"}
-        columns.append({**vars(run.config), **environment.pop("versions", {}), **environment})
-    rows = dict.fromkeys(name for column in columns for name in column)
-    table = [["setting", *(name for name, _, _ in shown)]]
-    return table + [[row, *(str(column.get(row, "-")) for column in columns)] for row in rows]
+def _settings(run: Run) -> dict[str, object]:
+    """What this run was trained with, and on what."""
+    environment = {name: run.environment[name] for name in run.environment if name != "study"}
+    return {**vars(run.config), **environment.pop("versions", {}), **environment}

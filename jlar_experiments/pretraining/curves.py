@@ -184,7 +184,9 @@ def _spectra(runs: Sequence[Run], colours: dict[str, str]) -> Panel:
     for run in runs:
         for row in run.inspections[-1:]:
             index = np.arange(1, len(row["p"]) + 1)
-            for letter, what, dash in (("p", "weights", "solid"), ("q", "data", "dot")):
+            letters: tuple[tuple[str, str, Dash], ...]
+            letters = (("p", "weights", "solid"), ("q", "data", "dot"))
+            for letter, what, dash in letters:
                 values = np.where(np.array(row[letter]) > 0, row[letter], np.nan)
                 label = f"{letter}, {what}, {run.name}"
                 curves.append(Curve(label, colours[run.name], index, values, dash))

@@ -1,6 +1,5 @@
 """The page of one run of `jlar pretrain` or several, from records alone."""
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from .analysis import (
     paper_declines,
     pearson,
     read,
-    short,
     spearman,
 )
 from .config import TOP
@@ -85,8 +83,8 @@ def report(folders: Sequence[Path]) -> page.Report:
         blocks += [("The leading directions, at the end", leading, LEADING)]
     for title, rows, note in blocks:
         made.add(page.heading(title), page.table(rows), page.note(note))
-    made.add(page.heading("Settings"), page.table(_settings(runs)))
-    made.text = f"{made.verdict}\n\n{page.text(table)}"
+    made.add(page.heading("Settings"), page.settings([_settings(run) for run in runs]))
+    made.text = f"{page.wrapped(made.verdict)}\n\n{page.text(table)}"
     if len(compared) > 1:
         made.text += f"\n\n{page.text(compared)}\n{page.wrapped(NOTE)}"
     return made
@@ -200,19 +198,14 @@ def _line(pair: Pair, label: str) -> list[str]:
 
 
 def decline_table(runs: Sequence[Run]) -> list[list[str]]:
-    """Table 2: ours, one column per run of the first seed, and the paper's beside."""
+    """Table 2: one line per run of the first seed, then the paper's."""
     first = min(run.config.seed for run in runs)
-    ours = {r.label: declines(r) for r in runs if r.config.seed == first}
-    paper = {f"paper {name.replace('_', ' ')}": cells for name, cells in paper_declines().items()}
-    columns = {**ours, **paper}
-    table = [["tenth of the run", *columns]]
-    for window in range(9):
-        cells = [column[window] for column in columns.values()]
-        shown = [
-            "-" if np.isnan(value) else f"{1e4 * value:.0f}{'*' if leads else ''}"
-            for value, leads in cells
-        ]
-        table.append([str(window + 2), *shown])
+    lines = {r.label: declines(r) for r in runs if r.config.seed == first}
+    lines |= {f"paper {name.replace('_', ' ')}": cells for name, cells in paper_declines().items()}
+    table = [["tenth of the run", *(str(tenth) for tenth in range(2, 11))]]
+    for name, cells in lines.items():
+        shown = ("-" if np.isnan(v) else f"{1e4 * v:.0f}{'*' * leads}" for v, leads in cells)
+        table.append([name, *shown])
     return table
 
 
@@ -231,15 +224,7 @@ def leading_table(runs: Sequence[Run]) -> list[list[str]]:
     return [*table, ["the paper's", "-", *(PAPER_LEADING.get(name, "-") for name in header[2:])]]
 
 
-def _settings(runs: Sequence[Run]) -> list[list[str]]:
-    """What all runs share, and the machine of the first."""
-    table = [["setting", "value"]]
-    for each in dataclasses.fields(runs[0].config):
-        values = list(dict.fromkeys(str(getattr(run.config, each.name)) for run in runs))
-        if each.name == "unique_tokens":
-            values = [short(int(value)) for value in values]
-        table.append([each.name, ", ".join(values)])
-    environment = dict(runs[0].environment)
-    versions = environment.pop("versions", {})
-    table += [[name, str(value)] for name, value in {**versions, **environment}.items()]
-    return table
+def _settings(run: Run) -> dict[str, object]:
+    """What this run was trained with, and on what."""
+    environment = {name: run.environment[name] for name in run.environment if name != "study"}
+    return {**vars(run.config), **environment.pop("versions", {}), **environment}

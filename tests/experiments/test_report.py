@@ -132,9 +132,9 @@ class Links(HTMLParser):
         self.tags, self.loads, self.first = [], [], ""
         self.feed(text)
 
-    def handle_starttag(self, tag, attributes):
+    def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.loads += [value for name, value in attributes if name in ("src", "href")]
+        self.loads += [value for name, value in attrs if name in ("src", "href")]
 
     def handle_data(self, data):
         if self.tags and self.tags[-1] == "h1":
