@@ -28,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _told(f"{program}: {error}; {again}", error.exit_code)
     except KeyboardInterrupt:
         return _told(f"{program}: interrupted; {again}", 130)
+    except ModuleNotFoundError as error:
+        if (told := errors.missing(error)) is None:
+            raise
+        return _told(f"{program}: error: {told}", 2)
     except Exception as error:
         trouble = errors.trouble(error) or (error if isinstance(error, OSError) else None)
         if trouble is None:

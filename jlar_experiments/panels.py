@@ -40,7 +40,7 @@ class Curve:
                                        "width": self.width}}
             if self.mark is None
             else {"mode": "markers", "marker": {"color": self.colour, "symbol": self.mark,
-                                                "size": 9}}
+                                                "size": 11}}
         )  # fmt: skip
         # plotly reads tags in names.
         name = html.escape(self.name, quote=False)

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,11 +116,16 @@ def _data_parser(commands: Any) -> None:
     )
     parser.set_defaults(command=data, parser=parser)
     parser.add_argument(
-        "--corpus",
+        "corpus",
+        nargs="?",
         default="stdlib",
-        metavar="NAME",
-        help="stdlib (the sources of this Python's standard library), site-packages (those of "
-        "everything installed beside it), or a folder or file of text [stdlib]",
+        metavar="TEXT",
+        help="a folder or file of text, JSONL (a document per line) or Parquet, also as .gz; "
+        "stdlib (the sources of this Python's standard library) or site-packages (those of "
+        "everything installed beside it) [stdlib]",
+    )
+    parser.add_argument(
+        "--field", default="text", metavar="NAME", help="of JSONL and Parquet, the text [text]"
     )
     parser.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes", help="[bytes]")
     parser.add_argument(
@@ -136,12 +142,15 @@ def data(arguments: argparse.Namespace) -> int:
     from . import corpus
 
     chosen = arguments.corpus, arguments.tokenizer, arguments.vocabulary
-    folder = arguments.out or corpus.folder(*chosen, RUNS / "data")
-    made = corpus.prepare(*chosen, folder, lambda text: print(text, file=sys.stderr))
+    folder = arguments.out or corpus.folder(*chosen, RUNS / "data", arguments.field)
+    made = corpus.prepare(
+        *chosen, folder, lambda text: print(text, file=sys.stderr), arguments.field
+    )
     print(
         f"{folder}: {made.tokens['train']:,} tokens of {made.documents['train']:,} documents to "
         f"train on, {made.tokens['validation']:,} of {made.documents['validation']:,} held out; "
-        f"vocabulary {made.vocabulary:,}"
+        f"vocabulary {made.vocabulary:,}\n"
+        f"train on it: jlar pretrain --corpus {shlex.quote(str(folder))}"
     )
     return 0
 
@@ -150,6 +159,13 @@ def pretrain(arguments: argparse.Namespace) -> int:
     """`jlar pretrain`: train, or continue, one run and report on all of its preset."""
     preset = PRESETS[arguments.preset]
     config = _config(arguments, preset)
+    _start(arguments)
+    from . import data as sequences
+    from . import study
+
+    with _named_as_options():
+        tokens = study.tokens(config, arguments.data)
+    config = sequences.fitted(config, tokens, given=_given(arguments))
     folder = arguments.out or RUNS / arguments.preset / preset.name(config)
     run = (config, folder, arguments.baseline)
     _trained(arguments, None if arguments.out else folder.parent, [run])
@@ -178,8 +194,17 @@ def paper(arguments: argparse.Namespace) -> int:
         (arm, folder, None if folder == first[arm.optimiser] else first[arm.optimiser])
         for arm, folder in folders
     ]
+    _start(arguments)
     _trained(arguments, root, runs)
     return _report(root)
+
+
+def _start(arguments: argparse.Namespace) -> None:
+    """Find the other processes, before anything asks for the devices."""
+    from .. import hosts
+
+    if arguments.distributed is not None:
+        hosts.start(**arguments.distributed)
 
 
 def _settings() -> set[str]:
@@ -191,8 +216,19 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(arguments: argparse.Namespace, preset: Preset) -> PretrainConfig:
+    given = _given(arguments)
+    if "steps" in given:  # a short run warms up over all of its steps at most
+        given.setdefault("warm_up", max(0, min(preset.run.warm_up, given["steps"])))
+    corpus = Path(given.get("corpus", preset.run.corpus))
+    if (corpus / "tokens.json").exists():
+        from .corpus import sidecar
+
+        there = sidecar(corpus)
+        tensor = max(1, given.get("tensor", preset.run.tensor))
+        given.setdefault("tokenizer", there.tokenizer)
+        given.setdefault("vocabulary", -(-there.vocabulary // tensor) * tensor)
     try:
-        return preset.config(**_given(arguments))
+        return preset.config(**given)
     except ValueError as error:
         parser: Parser = arguments.parser
         parser.error(options.as_options(str(error), list(_settings())))
@@ -213,8 +249,6 @@ def _trained(
     from .. import hosts
     from . import study
 
-    if arguments.distributed is not None:
-        hosts.start(**arguments.distributed)
     for config, folder, compared in runs:
         with contextlib.ExitStack() as stack:
             with hosts.together():

@@ -349,7 +349,7 @@ def test_bpe_tokens_read_back_as_the_text(text, tmp_path, capsys):
     from tokenizers import Tokenizer
 
     out = tmp_path / "bpe"
-    options = [f"--corpus={text}", "--tokenizer=bpe", "--vocabulary=280", f"--out={out}"]
+    options = [str(text), "--tokenizer=bpe", "--vocabulary=280", f"--out={out}"]
     assert run("data", *options) == 0
     assert "held out" in capsys.readouterr().out
     stored = corpus.sidecar(out)
