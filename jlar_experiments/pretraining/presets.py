@@ -29,7 +29,7 @@ class Preset:
         return dataclasses.replace(self.run, **settings)
 
     def name(self, config: PretrainConfig) -> str:
-        """A folder name that differs whenever a setting but the steps does: a longer run goes on."""
+        """A folder name that differs whenever a setting but the steps does."""
         parts = {"optimiser": config.optimiser, "unique_tokens": config.unique_tokens}
         usual = self.config(**parts, seed=config.seed)
         different = [
