@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import tomllib
+from pathlib import Path
 
 import polars
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from jlar_experiments import cli, errors
 from jlar_experiments.pretraining import corpus
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {i} " + "words and words " * 200 for i in range(60)]
 
 
@@ -36,7 +39,13 @@ def _with(parser, command):
     return parser
 
 
-def test_modules_of_extras():
+def test_modules_of_extras(monkeypatch):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    needs = [f"{need}; extra == '{extra}'" for extra, all_of in extras.items() for need in all_of]
+    monkeypatch.setattr(errors.metadata, "requires", lambda _: needs)
+
     def told(name):
         return errors.missing(ModuleNotFoundError(name=name))
 
