@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; the result is the exit code.
 
     0: done. 1: the machine failed. 2: something must be changed first. 130, 143: interrupted.
-    3: `jlar watch` has an alarm.
+    3: `jlar watch` has an alarm. 4: it cannot tell.
     """
     program, again = "jlar", "the same command continues"
     try:
@@ -28,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _told(f"{program}: {error}; {again}", error)
     except KeyboardInterrupt as error:
         return _told(f"{program}: interrupted; {again}", error)
+    except ModuleNotFoundError as error:
+        if (told := errors.missing(error)) is None:
+            raise
+        return _told(f"{program}: error: {told}", errors.Refusal())
     except Exception as error:
         trouble = errors.trouble(error) or (error if isinstance(error, OSError) else None)
         if trouble is None:

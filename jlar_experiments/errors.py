@@ -1,7 +1,9 @@
 """How a command ends before its time: the kinds of errors, each told in one line."""
 
+import re
 import signal
 from collections.abc import Iterator
+from importlib import metadata
 
 LONGEST = 400  # characters of a line that tells an error
 
@@ -68,6 +70,20 @@ def trouble(error: BaseException) -> Trouble | None:
         failed = isinstance(each, MemoryError | OSError) and not isinstance(each, _MISSING)
         if failed or any(name in str(each) for name in _TROUBLES):
             return Trouble(line(each))
+    return None
+
+
+def missing(error: ModuleNotFoundError) -> str | None:
+    """In one line, how to install what a plain install lacks; None if no extra of jlar has it."""
+    wanted = (error.name or "").split(".")[0].lower()
+    try:
+        needs = metadata.requires("jlar") or []
+    except metadata.PackageNotFoundError:
+        needs = []
+    for each in needs:
+        package, extra = re.match(r"[\w.-]+", each), re.search(r"extra == [\"'](\w+)", each)
+        if package and extra and package[0].lower().split("-")[0] == wanted:
+            return f'this needs {error.name}: pip install "jlar[{extra[1]}]"'
     return None
 
 

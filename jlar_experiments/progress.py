@@ -9,6 +9,7 @@ from tqdm import tqdm
 from .records import Row
 
 SECONDS_BETWEEN_LINES = 10
+COMPILING = "compiling; how long it will take is said after the first logs"
 
 
 class _Bar:
@@ -23,11 +24,18 @@ class _Bar:
             unit=unit,
             disable=not self._terminal,
             dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} " + unit + "s |{bar}| {desc} · {remaining} " + left,
+            bar_format="{desc}",
+            desc=COMPILING,
         )
+        self._format, self._left = "{n_fmt}/{total_fmt} " + unit + "s |{bar}| {desc}", left
+        self._start: tuple[float, int] | None = None
+        if not self._terminal:
+            print(COMPILING, file=sys.stderr, flush=True)
 
     def _tell(self, at: int, end: int, line: str, text: str) -> None:
+        text += self._time(at, end)
         if self._terminal:
+            self._bar.bar_format = self._format
             self._bar.total = end
             self._bar.set_description_str(text, refresh=False)
             self._bar.n = at
@@ -35,6 +43,17 @@ class _Bar:
         elif at >= end or time.monotonic() - self._spoken >= SECONDS_BETWEEN_LINES:
             self._spoken = time.monotonic()
             print(f"{line}: {text}", file=sys.stderr, flush=True)
+
+    def _time(self, at: int, end: int) -> str:
+        """How long it will take from here, by the time since the first logs, without compiling."""
+        now = time.monotonic()
+        if self._start is None:
+            self._start = now, at
+        since, first = self._start
+        if at <= first or at >= end:
+            return ""
+        seconds = (now - since) / (at - first) * (end - at)
+        return f" · {tqdm.format_interval(seconds)} {self._left}"
 
     def close(self) -> None:
         """Leave the bar as it is and free the line."""

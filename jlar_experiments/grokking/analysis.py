@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import records
+from ..ending import median
 from ..folder import settings
 from ..records import Row
 from .config import GrokConfig
@@ -78,9 +79,10 @@ class Run:
         """Whether any seed has."""
         return any(line.grokked is not None for line in self.seeds.values())
 
-    def epochs(self, point: str) -> list[int]:
-        """The epoch of this point for each seed that reached it."""
-        return [row["epoch"] for line in self.seeds.values() if (row := line.at(point))]
+    @property
+    def finished(self) -> bool:
+        """Whether every seed has trained as long as it should."""
+        return all(line.finished(self.config) for line in self.seeds.values())
 
 
 def read(folder: Path) -> Run:
@@ -103,7 +105,7 @@ class Cell:
 
     def text(self, digits: int) -> str:
         """The mean, with +- the standard deviation over seeds if there are several."""
-        values = [value for value in self.values if value is not None]
+        values = [value for value in self.values if value is not None and not np.isnan(value)]
         if not values:
             return "-"
         spread = f" ± {np.std(values):.{digits}f}" if len(values) > 1 else ""
@@ -114,6 +116,12 @@ def figure3() -> list[dict[str, str]]:
     """The points of the paper's figure 3."""
     with (REFERENCE / "fig3_points.csv").open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def title(config: GrokConfig) -> str:
+    """The run in a few words."""
+    modulus = "" if config.operation.permutations else f" mod {config.p}"
+    return f"{config.task}{modulus}, {100 * config.train_fraction:g}% of pairs"
 
 
 def reference(config: GrokConfig) -> tuple[str, list[dict[str, str]]]:
@@ -159,29 +167,32 @@ def summary(run: Run) -> tuple[str, list[list[str]]]:
     """What the paper's columns are, and the table: HEADER, then one line per point."""
     source, points = reference(run.config)
     table = [list(HEADER)]
+    quantities = (("epoch", 0), ("lar", 3), ("k_pred", 1), ("k95", 1))
     for point in POINTS:
         rows = [row for line in run.seeds.values() if (row := line.at(point))]
-        ours = [
-            Cell(tuple(row[name] for row in rows)).text(digits)
-            for name, digits in (("epoch", 0), ("lar", 3), ("k_pred", 1), ("k95", 1))
-        ]
+        ours = [Cell(tuple(row[name] for row in rows)).text(n) for name, n in quantities]
         theirs = [
             _mean_and_range([float(each[name]) for each in points if _is(each, point, run)], digits)
             for name, digits in (("lar", 2), ("k_pred", 0), ("k95", 0))
         ]
         count = sum(_is(each, point, run) for each in points)
         table.append([point, *ours, str(len(rows)), *theirs, str(count)])
+    lines = [line for line in run.seeds.values() if line.rows]
+    medians = [
+        Cell(tuple(median([row[name] for row in line.rows]) for line in lines)).text(digits)
+        for name, digits in quantities[1:]
+    ]
+    table.append(["median of last 5", "-", *medians, str(len(lines)), *["-"] * 4])
     return source, table
 
 
-def heard(run: Run) -> str:
-    """When each signal of the monitor first rang, by seed; empty if none did."""
-    first: dict[str, str] = {}
-    for seed, line in run.seeds.items():
-        for row in line.rows:
-            for name in row.get("alarms", ()):
-                first.setdefault(f"{name}, seed {seed}", f"since epoch {row['epoch']}")
-    return "; ".join(f"{name}: {since}" for name, since in first.items())
+def rang(line: Timeline) -> dict[str, int]:
+    """Each signal of the monitor that rang, and the epoch of the log at which it first did."""
+    first: dict[str, int] = {}
+    for row in line.rows:
+        for name in row.get("alarms", ()):
+            first.setdefault(name, row["epoch"])
+    return first
 
 
 def _is(reference_point: dict[str, str], point: str, run: Run) -> bool:

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .analysis import POINTS, Run, Timeline, figure3, paper_point
+from .analysis import POINTS, Run, Timeline, figure3, paper_point, title
 from .config import GrokConfig
-from .figures import ACCURACY, LAR, POINT_COLOURS, STYLE, band, save, spectrum, square, title
+from .figures import ACCURACY, LAR, POINT_COLOURS, STYLE, band, save, spectrum, square
 from .plan import SMALL_P, small
 
 Lines = list[Timeline]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import page
+from ..errors import Refusal
 from ..records import write_whole
 from . import analysis, beyond, plates
 from .analysis import REFERENCE, Run, Timeline
@@ -23,24 +24,43 @@ Table = list[list[str]]
 Pair = tuple[float, float]  # k_pred, k95
 
 
-def write(folder: Path) -> str:
-    """Draw the figures and report.html of the runs in this folder; returns table 1 as text."""
+def report(folders: Sequence[Path]) -> page.Report:
+    """The page on the runs in this folder; its figures and tables are put there as files too."""
+    if len(folders) > 1:
+        raise Refusal("a folder of `jlar paper grokking` is reported on by itself")
+    [folder] = folders
     runs = read(folder)
     table, note = table1(runs), _note(runs)
-    blocks = [page.heading("Table 1: RMSE between k_pred and k95"), page.table(table)]
-    blocks += [page.note(note), page.heading("The runs"), page.table(runs_table(runs))]
+    said = f"{page.text(table)}\n{page.wrapped(note)}"
+    made = page.Report("jlar paper grokking", _verdict(runs), said)
+    made.add(page.heading("Table 1: RMSE between k_pred and k95"), page.table(table))
+    made.add(page.note(note), page.heading("The runs"), page.table(runs_table(runs)))
     _write_csv(folder / "table1.csv", table)
     _write_csv(folder / "runs.csv", runs_table(runs))
     _write_csv(folder / "logs.csv", logs_table(runs))
     with page.figures(folder) as drafts:
         figures = plates.draw(runs, drafts)
-    blocks += [page.figure(*each) for each in figures.items()]
+    made.add(*(page.figure(folder / "figures" / f"{n}.svg", said) for n, said in figures.items()))
     for name, (title, caption, rows) in beyond.tables(runs).items():
         if len(rows) > 1:
-            blocks += [page.heading(title), page.table(rows), page.note(caption)]
+            made.add(page.heading(title), page.table(rows), page.note(caption))
             _write_csv(folder / f"{name}.csv", rows)
-    path = page.write(folder, "jlar paper grokking", blocks)
-    return f"{page.text(table)}\n{note}\nWritten to {folder}; open {path}"
+    return made
+
+
+def _verdict(runs: Sequence[Run]) -> str:
+    """How many runs learnt and generalised, and how well LAR predicts the dimension."""
+    lines = [line for run in runs for line in run.seeds.values()]
+    grokked = sum(line.grokked is not None for line in lines)
+    error = rmse(pairs(runs, "final_grokked"))
+    words = f"{grokked} of {len(lines)} runs generalise"
+    if np.isfinite(error):
+        words += (
+            "; at their end k, the dimension that LAR (the log-alignment ratio) predicts, differs "
+            f"by {error:.1f} (root mean square) from k95, the one of the data's principal "
+            "components"
+        )
+    return words
 
 
 def read(folder: Path) -> list[Run]:

@@ -15,6 +15,7 @@ from .. import records
 from ..errors import Refusal
 from ..monitoring.verdict import OVERFITTING
 from ..records import Row
+from ..report import names
 from .config import PretrainConfig
 from .presets import PRESETS
 
@@ -38,6 +39,7 @@ class Run:
     rows: list[Row]
     inspections: list[Row]
     common: frozenset[str] = frozenset()  # settings that all runs beside it share
+    name: str = ""  # of its folder
 
     def curve(self, name: str) -> Curve:
         """A column of metrics.jsonl over all steps, nan where it was not measured."""
@@ -95,6 +97,11 @@ class Run:
         return next((f"{step} ({name})" for name, step in self.alarms.items()), "none")
 
     @property
+    def finished(self) -> bool:
+        """Whether its last step is in the records."""
+        return self.rows[-1]["step"] >= self.config.steps - 1
+
+    @property
     def label(self) -> str:
         """The run among others of its preset."""
         different = [
@@ -126,29 +133,41 @@ def short(tokens: int) -> str:
     return str(tokens)
 
 
-def read(folder: Path) -> list[Run]:
-    """All runs of two rows or more in this folder, or the run that it is; large data first."""
-    found = []
-    single = (folder / "metrics.jsonl").exists()
-    for path in [folder] if single else sorted(each for each in folder.iterdir() if each.is_dir()):
-        stored = folders.read(path) if (path / "metrics.jsonl").exists() else None
-        if stored is None or stored["study"] != "pretrain":
-            continue
-        stored, config = folders.settings(path, "pretrain", PretrainConfig)
-        if stored.get("preset") not in PRESETS:
-            raise Refusal(f"{path / 'config.json'}: there is no preset {stored.get('preset')!r}")
-        rows = records.read(path / "metrics.jsonl")
-        inspections = records.read(path / "inspections.jsonl")
-        if len(rows) > 1:
-            found.append(Run(config, stored.pop("preset"), stored, rows, inspections))
-    names = [each.name for each in dataclasses.fields(PretrainConfig)]
+def read(*folders: Path) -> list[Run]:
+    """All runs of two rows or more that these folders are or hold; large data first."""
+    paths = [each for folder in folders for each in _runs(folder)]
+    found = [
+        run for path, name in zip(paths, names(paths), strict=True) if (run := _run(path, name))
+    ]
     common = frozenset(
-        name for name in names if len({getattr(run.config, name) for run in found}) == 1
+        each.name
+        for each in dataclasses.fields(PretrainConfig)
+        if len({getattr(run.config, each.name) for run in found}) == 1
     )
     found = [dataclasses.replace(run, common=common) for run in found]
     order = {"adam": 0, "adamw": 1, "muon": 2}
     found.sort(key=lambda r: (order[r.config.optimiser], -r.config.unique_tokens, r.config.seed))
     return found
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The folder itself if it is a run, else those in it that may be."""
+    if (folder / "metrics.jsonl").exists():
+        return [folder]
+    return sorted(each for each in folder.iterdir() if (each / "metrics.jsonl").exists())
+
+
+def _run(path: Path, name: str) -> Run | None:
+    stored = folders.read(path)
+    if stored is None or stored["study"] != "pretrain":
+        return None
+    stored, config = folders.settings(path, "pretrain", PretrainConfig)
+    if stored.get("preset") not in PRESETS:
+        raise Refusal(f"{path / 'config.json'}: there is no preset {stored.get('preset')!r}")
+    rows = records.read(path / "metrics.jsonl")
+    inspections = records.read(path / "inspections.jsonl")
+    preset = stored.pop("preset")
+    return Run(config, preset, stored, rows, inspections, name=name) if len(rows) > 1 else None
 
 
 def baseline(run: Run, runs: Sequence[Run]) -> Run | None:

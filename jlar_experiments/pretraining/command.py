@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import inspect
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,11 +116,16 @@ def _data_parser(commands: Any) -> None:
     )
     parser.set_defaults(command=data, parser=parser)
     parser.add_argument(
-        "--corpus",
+        "corpus",
+        nargs="?",
         default="stdlib",
-        metavar="NAME",
-        help="stdlib (the sources of this Python's standard library), site-packages (those of "
-        "everything installed beside it), or a folder or file of text [stdlib]",
+        metavar="TEXT",
+        help="a folder or file of text, JSONL (a document per line) or Parquet, also as .gz; "
+        "stdlib (the sources of this Python's standard library) or site-packages (those of "
+        "everything installed beside it) [stdlib]",
+    )
+    parser.add_argument(
+        "--field", default="text", metavar="NAME", help="of JSONL and Parquet, the text [text]"
     )
     parser.add_argument("--tokenizer", choices=("bytes", "bpe"), default="bytes", help="[bytes]")
     parser.add_argument(
@@ -136,12 +142,15 @@ def data(arguments: argparse.Namespace) -> int:
     from . import corpus
 
     chosen = arguments.corpus, arguments.tokenizer, arguments.vocabulary
-    folder = arguments.out or corpus.folder(*chosen, RUNS / "data")
-    made = corpus.prepare(*chosen, folder, lambda text: print(text, file=sys.stderr))
+    folder = arguments.out or corpus.folder(*chosen, RUNS / "data", arguments.field)
+    made = corpus.prepare(
+        *chosen, folder, lambda text: print(text, file=sys.stderr), arguments.field
+    )
     print(
         f"{folder}: {made.tokens['train']:,} tokens of {made.documents['train']:,} documents to "
         f"train on, {made.tokens['validation']:,} of {made.documents['validation']:,} held out; "
-        f"vocabulary {made.vocabulary:,}"
+        f"vocabulary {made.vocabulary:,}\n"
+        f"train on it: jlar pretrain --corpus {shlex.quote(str(folder))}"
     )
     return 0
 
@@ -150,10 +159,17 @@ def pretrain(arguments: argparse.Namespace) -> int:
     """`jlar pretrain`: train, or continue, one run and report on all of its preset."""
     preset = PRESETS[arguments.preset]
     config = _config(arguments, preset)
-    folder = arguments.out or RUNS / arguments.preset / preset.name(config)
-    run = (config, folder, arguments.baseline)
-    _trained(arguments, None if arguments.out else folder.parent, [run])
-    return _report(folder if arguments.out else folder.parent)
+    from . import data as sequences
+    from . import study
+
+    with _joined(arguments):
+        with _named_as_options():
+            tokens = study.tokens(config, arguments.data)
+        config = sequences.fitted(config, tokens, given=_given(arguments))
+        folder = arguments.out or RUNS / arguments.preset / preset.name(config)
+        root = None if arguments.out else folder.parent
+        _trained(arguments, root, config, folder, arguments.baseline)
+        return _report(folder if arguments.out else folder.parent)
 
 
 def paper(arguments: argparse.Namespace) -> int:
@@ -178,8 +194,19 @@ def paper(arguments: argparse.Namespace) -> int:
         (arm, folder, None if folder == first[arm.optimiser] else first[arm.optimiser])
         for arm, folder in folders
     ]
-    _trained(arguments, root, runs)
-    return _report(root)
+    with _joined(arguments):
+        for run in runs:
+            _trained(arguments, root, *run)
+        return _report(root)
+
+
+def _joined(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """With the other processes, if there are any, before anything asks for the devices."""
+    from .. import hosts
+
+    if arguments.distributed is None:
+        return contextlib.nullcontext()
+    return hosts.joined(**arguments.distributed)
 
 
 def _settings() -> set[str]:
@@ -191,8 +218,19 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(arguments: argparse.Namespace, preset: Preset) -> PretrainConfig:
+    given = _given(arguments)
+    if "steps" in given:  # a short run warms up over all of its steps at most
+        given.setdefault("warm_up", max(0, min(preset.run.warm_up, given["steps"])))
+    corpus = Path(given.get("corpus", preset.run.corpus))
+    if (corpus / "tokens.json").exists():
+        from .corpus import sidecar
+
+        there = sidecar(corpus)
+        tensor = max(1, given.get("tensor", preset.run.tensor))
+        given.setdefault("tokenizer", there.tokenizer)
+        given.setdefault("vocabulary", -(-there.vocabulary // tensor) * tensor)
     try:
-        return preset.config(**_given(arguments))
+        return preset.config(**given)
     except ValueError as error:
         parser: Parser = arguments.parser
         parser.error(options.as_options(str(error), list(_settings())))
@@ -201,28 +239,14 @@ def _config(arguments: argparse.Namespace, preset: Preset) -> PretrainConfig:
 def _trained(
     arguments: argparse.Namespace,
     root: Path | None,
-    runs: list[tuple[PretrainConfig, Path, Path | None]],
-) -> None:
-    """Train each run in its folder, beside the baseline in another.
-
-    `root` is the folder of all, if they have one in common.
-    """
-    from .. import hosts
-
-    with contextlib.ExitStack() as stack:
-        if arguments.distributed is not None:
-            stack.enter_context(hosts.joined(**arguments.distributed))
-        for run in runs:
-            _one(arguments, root, *run)
-
-
-def _one(
-    arguments: argparse.Namespace,
-    root: Path | None,
     config: PretrainConfig,
     folder: Path,
     compared: Path | None,
 ) -> None:
+    """Train a run in its folder, beside the baseline in another, if there is one.
+
+    `root` is the folder of all runs, if they have one in common.
+    """
     import jax
 
     from .. import folder as folders

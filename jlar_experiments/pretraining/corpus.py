@@ -8,6 +8,7 @@ their content, is held out; documents with the same content count once, so none 
 import contextlib
 import fcntl
 import glob
+import gzip
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import shutil
 import sys
 import sysconfig
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -59,21 +61,29 @@ class Sidecar:
     sha256: dict[str, str]
 
 
-def folder(corpus: str, tokenizer: Tokenizer, vocabulary: int, root: Path) -> Path:
+def folder(
+    corpus: str, tokenizer: Tokenizer, vocabulary: int, root: Path, field: str = "text"
+) -> Path:
     """Where the token files of this corpus are, or are to be made."""
     if (Path(corpus) / "tokens.json").exists():
         return Path(corpus)
     name = Path(corpus).name or "root"
     if corpus not in NAMES:
-        name += "-" + hashlib.sha256(str(Path(corpus).resolve()).encode()).hexdigest()[:8]
+        name += "-" + hashlib.sha256(_named(Path(corpus).resolve(), field).encode()).hexdigest()[:8]
     return root / (f"{name}-bytes" if tokenizer == "bytes" else f"{name}-bpe{vocabulary}")
 
 
-def documents(corpus: str, say: Say | None = None) -> Iterator[bytes]:
+def _named(path: Path, field: str) -> str:
+    """The path, with the field where it is not the usual one."""
+    return str(path) if field == "text" else f"{path}\0{field}"
+
+
+def documents(corpus: str, say: Say | None = None, field: str = "text") -> Iterator[bytes]:
     """Every different text of the corpus once, in the order of the paths.
 
     Args:
         say: is told, in one line, which files of a folder are no text.
+        field: that has the text of a document in JSONL and Parquet.
 
     Raises:
         Refusal: there is no such corpus, or its only file is no text.
@@ -81,7 +91,7 @@ def documents(corpus: str, say: Say | None = None) -> Iterator[bytes]:
     seen, left_out = set(), []
     for path in _files(corpus):
         try:
-            for text in _pieces(path, cut=Path(corpus).is_file()):
+            for text in _documents(path, field, cut=Path(corpus).is_file()):
                 digest = hashlib.sha256(text).digest()
                 if text and digest not in seen:
                     seen.add(digest)
@@ -116,27 +126,82 @@ def _files(corpus: str) -> Iterator[Path]:
                 yield path
 
 
-def _pieces(path: Path, *, cut: bool) -> Iterator[bytes]:
+def _documents(path: Path, field: str, *, cut: bool) -> Iterator[bytes]:
+    """The documents of a file: a line of JSONL, a row of Parquet, else the file or its pieces.
+
+    Raises:
+        ValueError: what comes next cannot be read, or is no text.
+        Refusal: it is Parquet, and polars is not installed.
+    """
+    kinds = [each.lower() for each in path.suffixes]
+    zipped = kinds[-1:] == [".gz"]
+    kind = "".join(kinds[-2:-1] if zipped else kinds[-1:])
+    if kind == ".parquet":
+        yield from _rows(path, field)
+        return
+    with gzip.open(path) if zipped else path.open("rb") as file:
+        try:
+            if kind in (".jsonl", ".ndjson"):
+                yield from _lines(file, field)
+            else:
+                size = LARGE + 1 if zipped else os.fstat(file.fileno()).st_size
+                yield from _pieces(file, whole=not cut and size <= LARGE)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"no gzip: {error}") from None
+
+
+def _lines(file: Any, field: str) -> Iterator[bytes]:
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                text = json.loads(line)[field]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise ValueError(f"line {number} is no JSON with {field!r} (--field)") from None
+            yield _document(text, f"line {number}", field)
+
+
+def _rows(path: Path, field: str) -> Iterator[bytes]:
+    try:
+        import polars
+    except ImportError:
+        raise Refusal(f'{path} is Parquet, read with polars: pip install "jlar[logs]"') from None
+    try:
+        column = polars.read_parquet(path, columns=[field])[field]
+    except (polars.exceptions.PolarsError, polars.exceptions.PanicException) as error:
+        raise ValueError(f"no Parquet with {field!r} (--field): {str(error)[:80]}") from None
+    for number, text in enumerate(column, start=1):
+        yield _document(text, f"row {number}", field)
+
+
+def _document(text: object, where: str, field: str) -> bytes:
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {field!r} is no text (--field)")
+    try:
+        return _checked(text.encode(), 0)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _pieces(file: Any, *, whole: bool) -> Iterator[bytes]:
     """The text of a file, whole or cut into pieces at line ends; a very large one always is.
 
     Raises:
         ValueError: the piece that comes next is not UTF-8, or holds a NUL, which ends documents.
     """
-    with path.open("rb") as file:
-        if not cut and os.fstat(file.fileno()).st_size <= LARGE:
-            yield _checked(file.read(), 0)
-            return
-        piece, start, end = [], 0, 0
-        while line := file.readline(LONGEST_LINE):
-            for _ in range(3):  # bytes that a character may go on for where a line is cut
-                if file.peek(1)[:1] and file.peek(1)[0] & 0xC0 == 0x80:
-                    line += file.read(1)
-            if piece and (end + len(line)) // PIECE > end // PIECE:
-                yield _checked(b"".join(piece), start)
-                piece, start = [], end
-            piece.append(line)
-            end += len(line)
-        yield _checked(b"".join(piece), start)
+    if whole:
+        yield _checked(file.read(), 0)
+        return
+    piece, start, end = [], 0, 0
+    while line := file.readline(LONGEST_LINE):
+        for _ in range(3):  # bytes that a character may go on for where a line is cut
+            if file.peek(1)[:1] and file.peek(1)[0] & 0xC0 == 0x80:
+                line += file.read(1)
+        if piece and (end + len(line)) // PIECE > end // PIECE:
+            yield _checked(b"".join(piece), start)
+            piece, start = [], end
+        piece.append(line)
+        end += len(line)
+    yield _checked(b"".join(piece), start)
 
 
 def _checked(text: bytes, start: int) -> bytes:
@@ -150,9 +215,9 @@ def _checked(text: bytes, start: int) -> bytes:
     return text
 
 
-def _source(corpus: str) -> str:
+def _source(corpus: str, field: str) -> str:
     """A digest of what the files of the corpus are called, how large and how old they are."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"" if field == "text" else field.encode())
     for path in _files(corpus):
         at = path.stat()
         digest.update(f"{path}\0{at.st_size}\0{at.st_mtime_ns}\n".encode(errors="surrogateescape"))
@@ -164,7 +229,14 @@ def held_out(text: bytes) -> bool:
     return hashlib.sha256(b"held out" + text).digest()[0] * HELD_OUT < 256
 
 
-def prepare(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, say: Say) -> Sidecar:
+def prepare(
+    corpus: str,
+    tokenizer: Tokenizer,
+    vocabulary: int,
+    out: Path,
+    say: Say,
+    field: str = "text",
+) -> Sidecar:
     """Make the token files, whole or not at all; or read the sidecar of those that are there.
 
     Where the text has changed since, those of the old text are set aside under another name.
@@ -172,7 +244,7 @@ def prepare(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, say: 
     if (out / "tokens.json").exists():
         there = sidecar(out)
         gone = corpus not in NAMES and not os.path.exists(corpus)
-        if gone or Path(corpus) == out or there.source == _source(corpus):
+        if gone or Path(corpus) == out or there.source == _source(corpus, field):
             return there
         say(f"{corpus} has changed since the token files in {out} were made")
     elif os.path.lexists(out):
@@ -184,7 +256,7 @@ def prepare(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, say: 
     with (draft / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            made = _write(corpus, tokenizer, vocabulary, draft, say)
+            made = _write(corpus, tokenizer, vocabulary, draft, say, field)
             records.write_json(draft / "tokens.json", asdict(made))
             (draft / LOCK).unlink()
             draft.chmod(0o755)
@@ -207,15 +279,17 @@ def _clean(out: Path) -> None:
             shutil.rmtree(draft)
 
 
-def _write(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, say: Say) -> Sidecar:
-    source = _source(corpus)
-    encode, size = _encoder(corpus, tokenizer, vocabulary, out)
+def _write(
+    corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, say: Say, field: str
+) -> Sidecar:
+    source = _source(corpus, field)
+    encode, size = _encoder(corpus, tokenizer, vocabulary, out, field)
     dtype, largest = np.dtype("<u2" if size <= 2**16 else "<u4"), 0
     tokens, texts = dict.fromkeys(FILES, 0), dict.fromkeys(FILES, 0)
     digests = {part: hashlib.sha256() for part in FILES}
     with contextlib.ExitStack() as stack:
         files = {part: stack.enter_context((out / name).open("xb")) for part, name in FILES.items()}
-        for text in documents(corpus, say):
+        for text in documents(corpus, say, field):
             part = "validation" if held_out(text) else "train"
             ids = encode(text)
             largest = max(largest, int(ids.max()))
@@ -241,7 +315,9 @@ def _write(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, say: S
 Encode = Callable[[bytes], Integer[np.ndarray, " ids"]]
 
 
-def _encoder(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path) -> tuple[Encode, int]:
+def _encoder(
+    corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path, field: str
+) -> tuple[Encode, int]:
     """What turns a text into ids that end in the end token, and the number of ids."""
     if tokenizer == "bytes":
         # Texts hold no NUL, which ends them.
@@ -256,7 +332,7 @@ def _encoder(corpus: str, tokenizer: Tokenizer, vocabulary: int, out: Path) -> t
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
-    training = (text.decode() for text in documents(corpus) if not held_out(text))
+    training = (text.decode() for text in documents(corpus, field=field) if not held_out(text))
     bpe.train_from_iterator(training, trainer)
     bpe.save(str(out / "tokenizer.json"))
     end = [bpe.token_to_id(END)]

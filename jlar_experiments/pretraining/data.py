@@ -1,5 +1,7 @@
 """Sequences out of token files: nested random subsets, shuffled anew in each epoch by grain."""
 
+import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -10,6 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from ..errors import Refusal
+from ..progress import say
 from . import corpus
 from .config import PretrainConfig
 from .corpus import FILES
@@ -84,6 +87,26 @@ def validation(config: PretrainConfig, folder: Path) -> Int[np.ndarray, "k b t1"
     sequences = Sequences(config, folder, "validation", count)
     rows = np.stack([sequences[i] for i in range(count)])
     return rows.reshape(-1, config.batch, config.length + 1)
+
+
+def fitted(config: PretrainConfig, folder: Path, *, given: Collection[str] = ()) -> PretrainConfig:
+    """The settings with no more unique and validation tokens than the files in the folder hold.
+
+    Settings that were given are left as they are, to be refused where they ask for more.
+    """
+    there = {part: n // (config.length + 1) for part, n in corpus.sidecar(folder).tokens.items()}
+    most = {
+        "unique_tokens": there["train"] * config.length,
+        "validation_tokens": there["validation"] // config.batch * config.tokens_per_step,
+    }
+    less = {
+        name: count
+        for name, count in most.items()
+        if name not in given and 0 < count < getattr(config, name)
+    }
+    for name, count in less.items():
+        say(f"{name} {count:,}, all that {folder} holds, not {getattr(config, name):,}")
+    return dataclasses.replace(config, **less)
 
 
 def check(config: PretrainConfig, mesh: Mesh) -> None:

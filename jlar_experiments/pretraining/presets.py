@@ -29,13 +29,13 @@ class Preset:
         return dataclasses.replace(self.run, **settings)
 
     def name(self, config: PretrainConfig) -> str:
-        """A folder name that differs whenever a setting does from the preset's."""
+        """A folder name that differs whenever a setting but the steps does."""
         parts = {"optimiser": config.optimiser, "unique_tokens": config.unique_tokens}
         usual = self.config(**parts, seed=config.seed)
         different = [
             f"{each.name}{getattr(config, each.name)}".replace("/", "-")
             for each in dataclasses.fields(config)
-            if getattr(config, each.name) != getattr(usual, each.name)
+            if each.name != "steps" and getattr(config, each.name) != getattr(usual, each.name)
         ]
         shown = f"{config.unique_tokens}tokens"
         return "-".join([config.optimiser, shown, f"seed{config.seed}", *different])

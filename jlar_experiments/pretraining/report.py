@@ -1,20 +1,39 @@
-"""The tables and the page over all runs of a preset, from records alone."""
+"""The page of one run of `jlar pretrain` or several, from records alone."""
 
-import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .. import page
+from ..ending import RULE, median, moved, number, share, spike
 from ..errors import Refusal
-from . import figures
-from .analysis import Pair, Run, declines, floors, pairs, paper_declines, pearson, short, spearman
+from .analysis import (
+    Pair,
+    Run,
+    declines,
+    floors,
+    pairs,
+    paper_declines,
+    pearson,
+    read,
+    spearman,
+)
 from .config import TOP
+from .curves import coloured, panels
 
 PAPER_PEAKS = {"adam": ".676", "muon": ".688"}  # of LAR, section 5
+LAR = (
+    "LAR, the log-alignment ratio of the unembedding (the last matrix) on each training batch, "
+    "says how far the data lies where the matrix is strong: near 1/2 at initialisation, more as "
+    "structure is learnt, and less again, against a run whose data does not repeat, where it "
+    "overfits. It needs no validation data. A run overfits where the mean of five validation "
+    "losses ends 2% above the lowest such mean, from the step of its lowest validation loss."
+)
 NOTE = (
     "D is LAR of the baseline (most data, same optimiser and seed where it was run) less LAR of "
-    "the run, at the steps validated in both after the first tenth; 'end' is a mean over the last "
+    "the run, at the steps validated in both after the first tenth; r and rho are its correlations "
+    "with the gap, validation less training loss, over n logs; 'end' is a mean over the last "
     "tenth. loss: the training loss of the baseline less that of the run, a comparator that needs "
     "no LAR. matched: D against the baseline when its training loss was the same, its mean over "
     "all steps where there was such a time, and their share."
@@ -40,71 +59,121 @@ PAPER_LEADING = {
 }
 
 
-def write(folder: Path) -> str:
-    """Draw the figures and report.html of the runs in this folder; returns the table as text."""
-    runs = figures_runs(folder)
-    with page.figures(folder) as drafts:
-        drawn = figures.draw(runs, drafts)
-    compared, table = comparison(runs), overview(runs)
-    blocks = [page.table(table)]
-    if len(compared) > 1:
-        blocks += [page.heading("The differential and its controls"), page.table(compared)]
-        blocks.append(page.note(NOTE))
-    blocks += [page.figure(name, caption) for name, caption in drawn.items()]
-    blocks += [page.heading("Rate of decline"), page.table(decline_table(runs))]
-    blocks.append(page.note(TABLE_2))
-    if len(leading := leading_table(runs)) > 2:
-        blocks += [page.heading("The leading directions, at the end"), page.table(leading)]
-        blocks.append(page.note(LEADING))
-    blocks += [page.heading("Settings"), page.table(_settings(runs))]
-    path = page.write(folder, f"jlar pretrain: {runs[0].preset}", blocks)
-    said = [page.text(table)]
-    if len(compared) > 1:
-        said += ["", page.text(compared), NOTE]
-    return "\n".join([*said, f"Written to {path}"])
-
-
-def figures_runs(folder: Path) -> list[Run]:
-    """The runs of the folder; `Refusal` if there is none to report on."""
-    from .analysis import read
-
-    runs = read(folder)
+def report(folders: Sequence[Path]) -> page.Report:
+    """The report on the runs that these folders are or hold, in the same panels."""
+    runs = read(*folders)
     if not runs:
-        raise Refusal(f"{folder} holds no records of a run with two steps or more")
-    return runs
+        raise Refusal(f"{folders[0]} holds no records of a run with two steps or more")
+    one, colours = len(runs) == 1, coloured(runs)
+    made = page.Report(
+        f"jlar pretrain: {runs[0].name if one else f'{len(runs)} runs'}",
+        verdict(runs),
+        "",
+        finished=all(run.finished for run in runs),
+    )
+    made.add(page.paragraph(LAR))
+    if not one:
+        made.add(page.run_list([(colours[run.name], run.name, said(run)) for run in runs]))
+    table, compared = overview(runs), comparison(runs)
+    made.add(page.table(table), page.note(RULE))
+    made.draw(panels(runs))
+    blocks = [("The differential D and its controls", compared, NOTE)] * (len(compared) > 1)
+    blocks += [("Rate of decline", decline_table(runs), TABLE_2)]
+    if len(leading := leading_table(runs)) > 2:
+        blocks += [("The leading directions, at the end", leading, LEADING)]
+    for title, rows, note in blocks:
+        made.add(page.heading(title), page.table(rows), page.note(note))
+    made.add(page.heading("Settings"), page.settings([_settings(run) for run in runs]))
+    made.text = f"{page.wrapped(made.verdict)}\n\n{page.text(table)}"
+    if len(compared) > 1:
+        made.text += f"\n\n{page.text(compared)}\n{page.wrapped(NOTE)}"
+    return made
 
 
-def overview(runs: list[Run]) -> list[list[str]]:
+def verdict(runs: Sequence[Run]) -> str:
+    """In words: which runs overfit and since when."""
+    if len(runs) == 1:
+        words = said(runs[0])
+        return words[:1].upper() + words[1:]
+    steps = [run.overfitting_step for run in runs if run.overfits]
+    words = f"{len(steps)} of {len(runs)} runs overfit"
+    if steps:
+        low, high = min(steps), max(steps)
+        words += f", from step {low}" + (f" to {high}" if high > low else "")
+    rang = [run for run in runs if run.alarms]
+    if any(run.alarm != "not watched" for run in runs):
+        right = sum(run.overfits for run in rang)
+        words += f"; the monitor rang in {right} of these and in {len(rang) - right} others"
+    if spikes := sum(spike(_losses(run)) for run in runs):
+        words += f"; {spikes} end on a loss spike"
+    if left := sum(not run.finished for run in runs):
+        words += f"; {left} are not finished"
+    return words
+
+
+def said(run: Run) -> str:
+    """What is said of one run: overfitting by its validation loss, then the monitor and LAR."""
+    last = run.rows[-1]["step"]
+    losses = run.curve("val_loss")[run.validated]
+    if run.overfits:
+        words = (
+            f"overfits from step {run.overfitting_step}: the validation loss goes from "
+            f"{losses.min():.2f} to {losses[-1]:.2f}"
+        )
+    else:
+        words = f"no overfitting up to step {last}: the validation loss ends at {losses[-1]:.2f}"
+    if run.alarm != "not watched":
+        rang = f"rang at step {run.alarm}" if run.alarms else "did not ring"
+        words += f"; the monitor, which sees no validation loss, {rang}"
+    if not np.isnan(run.lar).all():
+        peak, end = np.nanmax(run.lar), median(run.lar.tolist())
+        words += f"; {moved(run.lar[0], peak)}"
+        words += f" and ends at {share(end)}" if peak - end >= 0.01 else ""
+    if spike(_losses(run)):
+        words += (
+            f"; ends on a loss spike: training loss {number(_losses(run)[-1])}, median of the last "
+            f"five logs {number(median(_losses(run)))}"
+        )
+    if not np.isfinite(run.curve("train_loss")[-1]):
+        words += "; the training loss ends as no number"
+    if not run.finished:
+        words += f"; not finished: step {last + 1} of {run.config.steps}"
+    return words
+
+
+def _losses(run: Run) -> list[float]:
+    return run.curve("train_loss").tolist()
+
+
+def overview(runs: Sequence[Run]) -> list[list[str]]:
     """One line per run: what it saw, where LAR peaked and ended, and when it overfitted."""
-    header = ["run", "seed", "epochs", "steps", "LAR start", "peak", "at step", "end", "paper peak",
-              "train loss", "val loss", "lowest val", "at step", "alarm", "tokens/s"]  # fmt: skip
-    table = [header]
+    table = [["run", "epochs", "train loss", "median of 5", "val loss", "lowest",
+              "overfits from", "alarm", "LAR peak", "at step", "end", "paper peak",
+              "tokens/s"]]  # fmt: skip
     for run in runs:
-        losses, end = run.curve("val_loss")[run.validated], len(run.lar) // 10 or 1
-        peak = int(np.argmax(run.lar))
+        losses, lars, end = run.curve("val_loss")[run.validated], run.lar, len(run.lar) // 10 or 1
+        peak = None if np.isnan(lars).all() else int(np.nanargmax(lars))
         table.append(
             [
-                run.label,
-                str(run.config.seed),
+                run.name,
                 f"{run.config.epochs:.3g}",
-                str(len(run.rows)),
-                f"{run.lar[0]:.3f}",
-                f"{run.lar[peak]:.3f}",
-                str(peak),
-                f"{run.lar[-end:].mean():.3f}",
-                PAPER_PEAKS.get(run.config.optimiser, "-"),
-                f"{run.train_loss[-1]:.3f}",
+                number(_losses(run)[-1]),
+                number(median(_losses(run))),
                 f"{losses[-1]:.3f}",
                 f"{losses.min():.3f}",
-                f"{run.overfitting_step}{'' if run.overfits else ' (no overfitting)'}",
+                str(run.overfitting_step) if run.overfits else "-",
                 run.alarm,
+                "-" if peak is None else number(lars[peak]),
+                "-" if peak is None else str(peak),
+                number(float(lars[-end:].mean())),
+                PAPER_PEAKS.get(run.config.optimiser, "-"),
                 f"{np.median(run.curve('tokens_per_second')):,.0f}",
             ]
         )
     return table
 
 
-def comparison(runs: list[Run]) -> list[list[str]]:
+def comparison(runs: Sequence[Run]) -> list[list[str]]:
     """One line per pair of a run and its baseline, then baselines with each other."""
     table = [["run", "seed", "n logs", "gap end", "D end", "D: r", "rho", "loss: r", "rho",
               "matched D", "share"]]  # fmt: skip
@@ -128,24 +197,19 @@ def _line(pair: Pair, label: str) -> list[str]:
     ]
 
 
-def decline_table(runs: list[Run]) -> list[list[str]]:
-    """Table 2: ours, one column per run of the first seed, and the paper's beside."""
+def decline_table(runs: Sequence[Run]) -> list[list[str]]:
+    """Table 2: one line per run of the first seed, then the paper's."""
     first = min(run.config.seed for run in runs)
-    ours = {r.label: declines(r) for r in runs if r.config.seed == first}
-    paper = {f"paper {name.replace('_', ' ')}": cells for name, cells in paper_declines().items()}
-    columns = {**ours, **paper}
-    table = [["tenth of the run", *columns]]
-    for window in range(9):
-        cells = [column[window] for column in columns.values()]
-        shown = [
-            "-" if np.isnan(value) else f"{1e4 * value:.0f}{'*' if leads else ''}"
-            for value, leads in cells
-        ]
-        table.append([str(window + 2), *shown])
+    lines = {r.label: declines(r) for r in runs if r.config.seed == first}
+    lines |= {f"paper {name.replace('_', ' ')}": cells for name, cells in paper_declines().items()}
+    table = [["tenth of the run", *(str(tenth) for tenth in range(2, 11))]]
+    for name, cells in lines.items():
+        shown = ("-" if np.isnan(v) else f"{1e4 * v:.0f}{'*' * leads}" for v, leads in cells)
+        table.append([name, *shown])
     return table
 
 
-def leading_table(runs: list[Run]) -> list[list[str]]:
+def leading_table(runs: Sequence[Run]) -> list[list[str]]:
     """One line per run: the first directions of its last inspection; then the paper's."""
     split = [f"{letter}{k}" for k in TOP for letter in "LD"]
     header = ["run", "seed", "s1/s2", "p1", "q1", "q1/q2", "corr", "stable rank", *split]
@@ -160,15 +224,7 @@ def leading_table(runs: list[Run]) -> list[list[str]]:
     return [*table, ["the paper's", "-", *(PAPER_LEADING.get(name, "-") for name in header[2:])]]
 
 
-def _settings(runs: list[Run]) -> list[list[str]]:
-    """What all runs share, and the machine of the first."""
-    table = [["setting", "value"]]
-    for each in dataclasses.fields(runs[0].config):
-        values = list(dict.fromkeys(str(getattr(run.config, each.name)) for run in runs))
-        if each.name == "unique_tokens":
-            values = [short(int(value)) for value in values]
-        table.append([each.name, ", ".join(values)])
-    environment = dict(runs[0].environment)
-    versions = environment.pop("versions", {})
-    table += [[name, str(value)] for name, value in {**versions, **environment}.items()]
-    return table
+def _settings(run: Run) -> dict[str, object]:
+    """What this run was trained with, and on what."""
+    environment = {name: run.environment[name] for name in run.environment if name != "study"}
+    return {**vars(run.config), **environment.pop("versions", {}), **environment}

@@ -46,7 +46,14 @@ def opened(
     if jax.process_index() > 0:
         return nullcontext()
     return folders.opened(
-        folder, "pretrain", config, fresh=fresh, free=FREE, preset=preset, data=data
+        folder,
+        "pretrain",
+        config,
+        fresh=fresh,
+        longer=("steps",),
+        free=FREE,
+        preset=preset,
+        data=data,
     )
 
 
@@ -113,7 +120,9 @@ class Study:
         for name, due in (("metrics.jsonl", steps), ("inspections.jsonl", inspected)):
             records.keep(
                 self.folder / name,
-                lambda row: row["step"] < self.step,
+                # A run that ended, and now goes on, would not have inspected its last step.
+                lambda row, due=due: row["step"] < self.step and row["step"] in due,
+                passed=lambda row: row["step"] < self.step,
                 place=lambda row: (None, row["step"]),
                 due={None: due},
             )

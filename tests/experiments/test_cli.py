@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -88,12 +87,8 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert folder.name == "grok-x+y-50-p7-seeds2-epochs20-batch_size8-width8-layers1-heads2-pre"
     said = capsys.readouterr().out
     assert "memorised" in said and "k95" in said and "12 tasks" in said and "report.html" in said
+    assert max(map(len, said.splitlines()[:-1])) <= 80  # the last names the page
     page = (folder / "report.html").read_text()
-    for name in ("lar", "spectra", "dimensions"):
-        assert f"figures/{name}.svg" in page
-        png, svg = (folder / "figures" / f"{name}.{kind}" for kind in ("png", "svg"))
-        assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size < 300_000
-        assert ElementTree.parse(svg) and svg.stat().st_size < 300_000
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["seed"]) for row in rows] == [(0, 0), (0, 1), (20, 0), (20, 1)]
     names = "epoch step seed train_loss train_acc val_loss val_acc lar k_pred k95 pr_p pr_q corr"
@@ -166,7 +161,7 @@ def test_names_differ_with_every_setting():
     assert len(names) == 6 and not any(set(name) & set("/|^ ") for name in names)
 
 
-@pytest.mark.parametrize("name", ["jax", "orbax", "matplotlib", "optax", "tqdm"])
+@pytest.mark.parametrize("name", ["jax", "orbax", "matplotlib", "plotly", "optax", "tqdm"])
 def test_help_loads_nothing_heavy(name):
     code = f"import sys, jlar_experiments.cli; assert {name!r} not in sys.modules"
     root = str(Path(cli.__file__).parents[1])

@@ -158,7 +158,7 @@ def test_an_alarm_is_that_of_watch_and_is_said_once(config, tokens, tmp_path, mo
         Monitor.init(n=config.width, second_epoch=config.sequences / config.batch), log, high
     )
     assert verdict.verdict(monitor, log, high)["first_alarm_step"] == first
-    assert f"{first} (deviation)" in report.write(folder)
+    assert f"{first} (deviation)" in report.report([folder]).text
 
 
 def copied(whole, tmp_path):
@@ -351,7 +351,7 @@ def test_bpe_tokens_read_back_as_the_text(text, tmp_path, capsys):
     from tokenizers import Tokenizer
 
     out = tmp_path / "bpe"
-    options = [f"--corpus={text}", "--tokenizer=bpe", "--vocabulary=280", f"--out={out}"]
+    options = [str(text), "--tokenizer=bpe", "--vocabulary=280", f"--out={out}"]
     assert run("data", *options) == 0
     assert "held out" in capsys.readouterr().out
     stored = corpus.sidecar(out)
