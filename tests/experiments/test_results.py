@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jlar_experiments.monitoring import redundancy
 from jlar_experiments.pretraining import beyond_loss
 
 RESULTS = Path(beyond_loss.__file__).parents[1] / "results"
@@ -41,3 +42,28 @@ def test_the_table_of_what_lar_says_beyond_the_loss():
         partial = f"{row['r of D given the losses']} ({row['95% interval']})"
         cells = (f"{row['preset']}: {row['run']}", row["r of D"], row["r of losses"], partial)
         assert f"| {' | '.join(cells)} | {row['independent']} |" in PAGE
+
+
+def test_the_table_of_predicted_gaps():
+    found = redundancy.analysis(RESULTS / "redundancy")
+    errors = found["configurations"]
+    for times in redundancy.REPETITIONS:
+        own = [errors[f"{way} x {times}"] for way in redundancy.WAYS]
+        less = sum(each["with"] < each["without"] for each in own)
+        means = [np.mean([each[name] for each in own]) for name in ("without", "with")]
+        cells = f"{short(means[0])} | {short(means[1])} | {less} of 5 |"
+        line = next(line for line in PAGE.splitlines() if line.startswith(f"| {times} time"))
+        assert line.endswith(cells)
+    low, high = found["interval"]
+    assert f"falls by {found['fall']:.0%} (95% interval {100 * low:.0f} to {high:.0%}" in PAGE
+
+
+def test_the_table_of_alarms():
+    found = json.loads((RESULTS / "monitor" / "judge.json").read_text(encoding="utf-8"))
+    for half in ("judge", "study"):
+        for name, row in found[half]["table"].items():
+            cells = f"| {row['rings']} | {row['before the lowest']} |"
+            lines = [line for line in PAGE.splitlines() if name.split(",")[-1] in line]
+            regret = f"{row['regret']:.3f}" if row["regret"] < 1 else f"{row['regret']:.2f}"
+            wanted = f"| {regret.removeprefix('0')} {cells}"
+            assert any(wanted in line for line in lines), (half, name, wanted)
