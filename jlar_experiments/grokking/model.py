@@ -194,5 +194,5 @@ def _attention(
     for seen, query in enumerate(queries_of, s - t + 1):
         scores = jnp.stack([jnp.einsum("bhd,bhd->bh", query, key) for key in keys_of[:seen]])
         weights = jax.nn.softmax(scores * jnp.float32((n // heads) ** -0.5), axis=0)[..., None]
-        answers.append(sum(map(jnp.multiply, weights, values_of)).reshape(-1, n))
-    return jnp.concatenate(answers)
+        answers.append(sum(map(jnp.multiply, weights, values_of)))
+    return jnp.concatenate(answers).reshape(-1, n)
