@@ -130,8 +130,9 @@ def _check(folder: Path, study: str) -> None:
         raise Refusal(f"{folder} is that of `jlar {stored['study']}`; choose another with --out")
     for name in (CONFIG, LOCK, *FILES, *FOLDERS):
         path = folder / name
-        if path.is_symlink() or (path.exists() and path.is_dir() != (name in FOLDERS)):
-            kind = "folder" if name in FOLDERS else "file"
+        kind = "folder" if name in FOLDERS else "file"
+        own = path.is_dir() if name in FOLDERS else path.is_file()
+        if os.path.lexists(path) and (path.is_symlink() or not own):
             raise Refusal(f"{path} is not a {kind} of jlar's own (no links); move it out of there")
 
 

@@ -99,7 +99,7 @@ def read(folder: Path) -> Run:
 
 @dataclass(frozen=True)
 class Cell:
-    """Mean, standard deviation and number of values; nan for none."""
+    """Mean, sample standard deviation and number of values."""
 
     values: tuple[float, ...]
 
@@ -108,7 +108,7 @@ class Cell:
         values = [value for value in self.values if value is not None and not np.isnan(value)]
         if not values:
             return "-"
-        spread = f" ± {np.std(values):.{digits}f}" if len(values) > 1 else ""
+        spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
         return f"{np.mean(values):.{digits}f}{spread}"
 
 

@@ -104,7 +104,9 @@ def _ratios(runs: Iterable[Run], name: str, share: bool) -> list[float]:
     for run in runs:
         for line in run.seeds.values():
             row = line.at("final")
-            if line.grokked is not None and row and row.get(name) and line.finished(run.config):
+            # A run that ended with its epochs may have been stopped within the transition.
+            long = line.grokked is not None and line.epoch >= line.grokked + run.config.after_grok
+            if long and row and row.get(name):
                 found.append(row[name] / row["k_pred"] / (row["q_in_top95"] if share else 1))
     return found
 
@@ -113,7 +115,11 @@ def _geometric(ratios: Sequence[float]) -> str:
     if not ratios:
         return "-"
     logs = np.log(ratios)
-    return f"{math.exp(logs.mean()):.2f} ({logs.std():.2f})"
+    return (
+        f"{math.exp(logs.mean()):.2f} ({logs.std(ddof=1):.2f})"
+        if len(logs) > 1
+        else f"{math.exp(logs[0]):.2f}"
+    )
 
 
 def dating(runs: Sequence[Run], rules: Sequence[Rule]) -> Table:

@@ -75,9 +75,10 @@ def band(axes: Axes, lines: Iterable[Timeline], name: str, colour: str) -> None:
         own = [row["epoch"] for row in line.rows]
         values = [np.nan if row[name] is None else row[name] for row in line.rows]
         curves.append(np.interp(epochs, own, values))
-    mean, spread = np.mean(curves, axis=0), np.std(curves, axis=0)
+    mean = np.mean(curves, axis=0)
     axes.plot(epochs, mean, color=colour, linewidth=1.6)
     if len(curves) > 1:
+        spread = np.std(curves, axis=0, ddof=1)
         axes.fill_between(
             epochs, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0
         )

@@ -48,12 +48,13 @@ class Block(eqx.Module):
     post: bool = eqx.field(static=True)
 
     def __init__(self, config: GrokConfig, key: PRNGKeyArray):
-        n, keys = config.width, jax.random.split(key, 4)
+        n = config.width
+        # One draw, because the code of each takes some .3 s to compile.
+        drawn = jax.random.uniform(key, (12 * n, n), minval=-1)
+        qkv, out, up, down = jnp.split(drawn, [3 * n, 4 * n, 8 * n])
         xavier = (6 / (n + 3 * n)) ** 0.5  # PyTorch initialises the three projections as one
-        self.qkv = _uniform(keys[0], (3 * n, n), xavier)
-        self.out = _uniform(keys[1], (n, n), n**-0.5)
-        self.up = _uniform(keys[2], (4 * n, n), n**-0.5)
-        self.down = _uniform(keys[3], (n, 4 * n), (4 * n) ** -0.5)
+        self.qkv, self.out, self.up = xavier * qkv, n**-0.5 * out, n**-0.5 * up
+        self.down = (4 * n) ** -0.5 * down.reshape(n, 4 * n)
         self.post = config.norm == "post"
         self.norms = (Norm(n, layer=self.post), Norm(n, layer=self.post))
         self.heads = config.heads
@@ -97,12 +98,12 @@ class Transformer(eqx.Module):
 
     def __init__(self, config: GrokConfig, key: PRNGKeyArray):
         n, tokens = config.width, config.elements + 2
-        keys = jax.random.split(key, 3 + config.layers)
+        keys = jax.random.split(key, 2 + config.layers)
         scale = jnp.float32(config.embedding_scale)
-        self.embedding = scale * jax.random.normal(keys[0], (tokens, n))
-        self.positions = scale * jax.random.normal(keys[1], (4, n))
-        self.head = None if config.tied else _uniform(keys[2], (config.elements, n), n**-0.5)
-        self.blocks = tuple(Block(config, each) for each in keys[3:])
+        drawn = scale * jax.random.normal(keys[0], (tokens + 4, n))
+        self.embedding, self.positions = drawn[:-4], drawn[-4:]
+        self.head = None if config.tied else _uniform(keys[1], (config.elements, n), n**-0.5)
+        self.blocks = tuple(Block(config, each) for each in keys[2:])
         self.final = Norm(n, layer=False) if config.norm == "pre" else None
 
     @property
@@ -193,6 +194,5 @@ def _attention(
     for seen, query in enumerate(queries_of, s - t + 1):
         scores = jnp.stack([jnp.einsum("bhd,bhd->bh", query, key) for key in keys_of[:seen]])
         weights = jax.nn.softmax(scores * jnp.float32((n // heads) ** -0.5), axis=0)[..., None]
-        answer = sum(map(jnp.multiply, weights, values_of), jnp.zeros_like(query))
-        answers.append(answer.reshape(-1, n))
-    return jnp.concatenate(answers)
+        answers.append(sum(map(jnp.multiply, weights, values_of)))
+    return jnp.concatenate(answers).reshape(-1, n)

@@ -329,3 +329,35 @@ def test_other_numbers_are_refused(finished, tmp_path, capsys):
     with jax.default_prng_impl("rbg"):
         assert run("grok", *OPTIONS, f"--out={place}") == 2
     assert "jax_default_prng_impl threefry2x32, not rbg" in capsys.readouterr().err
+
+
+def replaced(path: Path, kind: str, elsewhere: Path):
+    """Put something else in the place of a file or folder: a link, a pipe, a folder or a file."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if kind == "link":
+        path.symlink_to(elsewhere)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("")
+
+
+@pytest.mark.parametrize("name", [folder.CONFIG, folder.LOCK, *folder.FILES, *folder.FOLDERS])
+@pytest.mark.parametrize("kind", ["link", "pipe", "other"])
+def test_what_is_not_jlars_own_is_refused(name, kind, finished, tmp_path, capsys):
+    """Nothing is written through a link, nor waited for at a pipe (which has no other end)."""
+    place, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(finished, place)
+    is_folder = name in folder.FOLDERS
+    elsewhere.mkdir() if is_folder else elsewhere.write_text("precious")
+    other = "file" if is_folder else "folder"
+    replaced(place / name, other if kind == "other" else kind, elsewhere)
+    for extra in ([], ["--fresh"]):
+        assert run("grok", *OPTIONS, f"--out={place}", *extra) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and name in said
+    assert not list(elsewhere.iterdir()) if is_folder else elsewhere.read_text() == "precious"

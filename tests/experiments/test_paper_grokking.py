@@ -10,7 +10,17 @@ import pytest
 
 import jlar
 from jlar_experiments import cli
-from jlar_experiments.grokking import dating, ensemble, measures, plan, plates, results, study
+from jlar_experiments.grokking import (
+    analysis,
+    beyond,
+    dating,
+    ensemble,
+    measures,
+    plan,
+    plates,
+    results,
+    study,
+)
 from jlar_experiments.grokking.analysis import Run, Timeline
 from jlar_experiments.grokking.config import GrokConfig
 from jlar_experiments.grokking.tasks import TASKS
@@ -136,6 +146,18 @@ def test_table1_against_numpy(runs):
     ]
     assert "(n = 5)" in table[1][1] and "(n = 4)" in table[1][3] and "(n = 1)" in table[1][4]
     assert table[3][4] == "-" and table[2][1] == "24.90 ± 1.67"
+
+
+def test_spreads_are_sample_ones_and_a_stopped_run_is_not_past_the_transition(runs):
+    assert analysis.Cell((1.0, 3.0)).text(3) == "2.000 ± 1.414"
+    assert beyond._geometric([1.0, np.e]) == "1.65 (0.71)" and beyond._geometric([2.0]) == "2.00"
+    line = runs[0].seeds[0]  # grokked at epoch 180 and ended at 1000
+    stopped, whole = (
+        Run(dataclasses.replace(runs[0].config, after_grok=after), {}, {0: line}, [])
+        for after in (821, 820)
+    )
+    assert beyond._ratios([stopped], "k95", False) == []
+    assert len(beyond._ratios([whole], "k95", False)) == 1
 
 
 def test_figures_from_records(runs, tmp_path):
