@@ -103,6 +103,9 @@ def settings(folder: Path, study: str, kind: type[T]) -> tuple[Row, T]:
     stored = read(folder)
     if stored is None or stored["study"] != study:
         raise Refusal(f"{folder / CONFIG} is not that of a run of `jlar {study}`")
+    for name, of in (("versions", dict), ("continued_from", list)):
+        if not isinstance(stored.get(name, of()), of):
+            raise Refusal(f"{folder / CONFIG}: {name} is of another type")
     try:
         return stored, options.stored(stored.pop("settings", None), kind)
     except (TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import os
 import random
 import resource
@@ -361,3 +362,16 @@ def test_what_is_not_jlars_own_is_refused(name, kind, finished, tmp_path, capsys
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and name in said
     assert not list(elsewhere.iterdir()) if is_folder else elsewhere.read_text() == "precious"
+
+
+@pytest.mark.parametrize("value", [3, "x", ["x"], {"x": 1}, None])
+@pytest.mark.parametrize("name", ["study", "settings", "versions", "numbers", "continued_from"])
+def test_a_config_of_other_types_is_at_most_one_line(name, value, finished, tmp_path, capsys):
+    place = tmp_path / "run"
+    shutil.copytree(finished, place)
+    stored = json.loads((place / folder.CONFIG).read_text()) | {name: value, "machine": "another"}
+    (place / folder.CONFIG).write_text(json.dumps(stored))
+    for command in (["grok", *OPTIONS, f"--out={place}"], ["report", place]):
+        code = run(*command)
+        assert code in (0, 2)
+        assert code == 0 or capsys.readouterr().err.count("\n") == 1
