@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from faults import each_fault
 from jlar_experiments import cli, errors, folder, records, report
@@ -375,3 +377,51 @@ def test_a_config_of_other_types_is_at_most_one_line(name, value, finished, tmp_
         code = run(*command)
         assert code in (0, 2)
         assert code == 0 or capsys.readouterr().err.count("\n") == 1
+
+
+@given(
+    damages=st.lists(
+        st.tuples(
+            st.integers(0, 10**6),
+            st.sampled_from(["missing", "shorter", "flipped", "another's"]),
+            st.floats(0, 1, exclude_max=True),
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
+@settings(
+    max_examples=20,
+    deadline=None,
+    phases=[Phase.generate],  # each trial may train: to find a smaller case takes long
+    suppress_health_check=list(HealthCheck),
+)
+def test_whatever_is_damaged_is_told_in_a_line_and_no_record_is_lost(
+    damages, finished, tmp_path_factory, capsys
+):
+    place = Path(shutil.copytree(finished, tmp_path_factory.mktemp("damaged") / "run"))
+    files = [each for each in sorted(place.rglob("*")) if each.is_file()]
+    records_there = {each: each.read_bytes() for each in files if each.suffix == ".jsonl"}
+    for which, kind, where in damages:
+        file = files[which % len(files)]
+        records_there.pop(file, None)
+        data = bytearray(file.read_bytes() if file.exists() else b"")
+        at = int(where * len(data))
+        if kind == "missing":
+            file.unlink(missing_ok=True)
+        elif kind == "shorter":
+            file.write_bytes(data[:at])
+        elif kind == "another's":
+            file.write_bytes((finished / files[which % 7].relative_to(place)).read_bytes())
+        elif data:
+            data[at] ^= 1 << which % 8
+            file.write_bytes(data)
+    capsys.readouterr()
+    for command in (["report", place], ["grok", *OPTIONS, f"--out={place}"]):
+        code = run(*command)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert code in (0, 1, 2)
+        assert code == 0 or "error: " in said[-1]
+    # What a restart would write again stands in `metrics.ahead.jsonl`.
+    there = {line for each in place.rglob("*.jsonl") for line in each.read_bytes().splitlines()}
+    assert all(there.issuperset(text.splitlines()) for text in records_there.values())
