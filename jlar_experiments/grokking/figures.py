@@ -111,5 +111,7 @@ def square(axes: Axes, width: int) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m jlar_experiments.grokking.figures FOLDER PNG")
     with matplotlib.rc_context(STYLE):
         over_epochs(read(Path(sys.argv[1]))).savefig(sys.argv[2])

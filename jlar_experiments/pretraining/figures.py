@@ -85,5 +85,7 @@ def losses_and_lar(runs: list[Run]) -> Figure:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m jlar_experiments.pretraining.figures FOLDER PNG")
     with matplotlib.rc_context(STYLE):
         losses_and_lar(read(Path(sys.argv[1]))).savefig(sys.argv[2])

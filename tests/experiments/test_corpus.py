@@ -1,0 +1,97 @@
+"""Token files: what is no text is named, nothing is left behind, changed texts make new ones."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import pytest
+
+from jlar_experiments import cli
+from jlar_experiments.pretraining import corpus, texts
+
+LINES = [f"this is line {i} of a text that is long enough\n" for i in range(40_000)]
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(LINES))
+    return path
+
+
+def made(text, out, capsys):
+    assert cli.main(["data", str(text), f"--out={out}"]) == 0
+    return capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"), [(b"\0", "a NUL at byte"), (b"\xff\xfe", "no UTF-8 at byte")]
+)
+def test_what_is_no_text_is_named_with_its_byte(bad, named, text, tmp_path, capsys):
+    at = len("".join(LINES[:30_000]))
+    data = text.read_bytes()
+    text.write_bytes(data[:at] + bad + data[at:])
+    assert cli.main(["data", str(text), f"--out={tmp_path / 'out'}"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert f"{text} is not text: {named} {at}" in said[-1]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["text.txt"]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    text.rename(folder / "bad.txt")
+    for i in range(40):
+        (folder / f"good{i}.txt").write_text("".join(LINES[i : i + 9]))
+    assert f"{folder / 'bad.txt'} ({named} {at})" in made(folder, tmp_path / "out", capsys).err
+
+
+def test_a_text_that_has_changed_makes_new_token_files_and_keeps_the_old(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert "making" in made(text, out, capsys).err
+    before = (out / "train.bin").read_bytes()
+    assert "making" not in made(text, out, capsys).err
+    text.write_text("".join(LINES[::-1]))
+    assert "has changed since" in made(text, out, capsys).err
+    assert (out / "train.bin").read_bytes() != before
+    assert (tmp_path / "out.earlier" / "train.bin").read_bytes() == before
+
+
+def test_the_draft_of_a_killed_run_is_removed_by_the_next(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    program = (
+        "import time; from jlar_experiments import cli; "
+        "from jlar_experiments.pretraining import corpus; "
+        "corpus.held_out = lambda text: time.sleep(100); "
+        f"cli.main(['data', {str(text)!r}, '--out', {str(out)!r}])"
+    )
+    running = subprocess.Popen([sys.executable, "-c", program])
+    while not list(tmp_path.glob("out.*/train.bin")):
+        assert running.poll() is None
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert len(list(tmp_path.glob("out.*"))) == 1
+    made(text, out, capsys)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    path = tmp_path / "long.txt"
+    with path.open("w") as file:
+        for i in range(64):
+            file.write(f"{i} " * 2**18 + "\n")
+    assert path.stat().st_size > 2**25
+    tracemalloc.start()
+    total = sum(map(len, texts.documents(str(path))))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total == path.stat().st_size and peak < 2**23
+
+
+def test_the_sidecar_counts_what_is_there(text, tmp_path, capsys):
+    out = tmp_path / "out"
+    made(text, out, capsys)
+    there = json.loads((out / "tokens.json").read_text())
+    assert sum(there["tokens"].values()) == text.stat().st_size + sum(there["documents"].values())
+    corpus.verify(out)
