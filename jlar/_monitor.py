@@ -81,6 +81,9 @@ class Signal(eqx.Module):
 class Monitor(eqx.Module):
     r"""Alarms out of a run's LAR, without validation data: a pytree that a training step carries.
 
+    On small models its alarm is no better than the same alarm on the training loss, and worse if
+    there is no baseline (jlar_experiments/results): have one there, of several seeds.
+
     Three signals of overfitting, and one of generalisation, which is good news and no `alarm`. Each
     is a CUSUM over u = log2(step), $S \leftarrow \max(0, S + (x - allowance) du)$, and rings when S
     exceeds its limit. Time is counted in doublings, so it does not matter how often LAR is logged.
