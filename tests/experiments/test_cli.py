@@ -124,7 +124,8 @@ def test_help_fits_and_names_every_option(capsys, monkeypatch):
     assert run("--help") == 0 and run() == 2
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_saves_and_says_how_to_go_on(name, tmp_path):
     root = str(Path(cli.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
     # What a shell runs in the background ignores the signal, and so does what that starts.
@@ -142,13 +143,13 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
             while not (tmp_path / "run" / "metrics.jsonl").exists():
                 assert process.poll() is None
                 time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.Signals[name])
             _, said = process.communicate(timeout=300)  # XLA compiles to its end first
         finally:
             process.kill()
-    assert process.returncode == 130, said
+    assert process.returncode == 128 + signal.Signals[name], said
     assert (
-        said.splitlines()[-1].startswith("jlar grok: SIGINT: saved at epoch ")
+        said.splitlines()[-1].startswith(f"jlar grok: {name}: saved at epoch ")
         and "Trace" not in said
     )
 

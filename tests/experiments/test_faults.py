@@ -285,6 +285,21 @@ def test_one_process_per_folder(finished, tmp_path, capsys):
     assert contents(place) == before
 
 
+@pytest.mark.parametrize("name", ["append", "draft"])
+def test_a_full_disk_is_one_line(name, finished, tmp_path, monkeypatch, capsys):
+    """In records, and in the report."""
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records, name, full)
+    new = [f"--out={tmp_path / 'new'}"] if name == "append" else [f"--out={place}"]
+    assert run("grok", *OPTIONS, *new) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "No space left" in line]
+    assert len(said) == 1 and said[0].startswith("jlar grok: error: ")
+
+
 def test_fresh_sets_aside(finished, tmp_path, capsys):
     place = Path(shutil.copytree(finished, tmp_path / "run"))
     before = contents(place)

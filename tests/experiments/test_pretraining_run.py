@@ -290,6 +290,15 @@ def test_epochs(config, tokens):
         each.close()
 
 
+def test_one_process_per_folder(whole, config, tokens, capsys):
+    with study.opened(config, "bytes-tiny", whole, tokens):
+        for extra in ([], ["--fresh"]):
+            place = [f"--corpus={config.corpus}", f"--data={tokens.parent}", f"--out={whole}"]
+            assert run("pretrain", "--preset=bytes-tiny", *OPTIONS, *place, *extra) == 2
+            said = capsys.readouterr().err
+            assert "in use by another process" in said.splitlines()[-1] and "Trace" not in said
+
+
 def run(*arguments):
     try:
         return cli.main([str(each) for each in arguments])
