@@ -32,13 +32,12 @@ def step(i: Any, params: Any, state: Any, monitor: Any, baseline: Any, *data: Ar
 
 def train(tokens: int, baseline: Any, steps: int) -> dict[str, Any]:
     """A run on the first so many of the tokens, a tenth of which have a wrong label."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], (16_384, 32))
+    x = jax.random.normal((keys := jax.random.split(jax.random.key(0), 4))[0], (16_384, 32))
     wrong = jax.random.uniform(keys[1], (16_384,)) < 0.1
     labels = jnp.where(wrong, 0, jnp.argmax(x[:, :8], axis=1))
     up, head = jax.random.normal(keys[2], (32, 64)) / 6, jax.random.normal(keys[3], (64, 8)) / 8
-    params, at = {"up": up, "head": head}, jnp.arange(64)
-    before, state, monitor, log = params, OPTIMIZER.init(params), Monitor.init(), []
+    before, at = (params := {"up": up, "head": head}), jnp.arange(64)
+    state, monitor, log = OPTIMIZER.init(params), Monitor.init(), []
     for i in range(1, steps + 1):
         before, at = params, (at + 64) % tokens
         params, state, monitor, *seen = step(i, params, state, monitor, baseline, x[at], labels[at])
@@ -50,7 +49,7 @@ def train(tokens: int, baseline: Any, steps: int) -> dict[str, Any]:
 def main(steps: int = 256) -> dict[str, Any]:
     """Train on many tokens and on few; the losses and the last LAR of the second run."""
     first = train(16_384, None, steps)
-    log = np.arange(1, steps + 1), first["lars"], first["losses"]
+    log = (np.arange(1, steps + 1), first["lars"], first["losses"])
     run = train(256, Baseline.from_runs([log]), steps)
     print(f"LAR at the end {run['lars'][-1]:.3f}, of the baseline {first['lars'][-1]:.3f}")
     print("alarm:", run["monitor"].alarm, "first at step", run["monitor"].first_alarm_step)

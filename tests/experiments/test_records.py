@@ -85,7 +85,7 @@ def test_summary():
     run = analysis.Run(GrokConfig(seeds=2), {}, seeds, [])
     source, table = analysis.summary(run)
     assert "12 tasks" in source and all(len(row) == len(analysis.HEADER) for row in table)
-    memorised, grokked, final = table[1:]
+    memorised, grokked, final, median = table[1:]
     assert memorised[:6] == [
         "memorised",
         "20 ± 0",
@@ -95,4 +95,7 @@ def test_summary():
         "2",
     ]
     assert grokked[:6] == ["grokked", "40", "0.200", "10.0", "12.0", "1"]
-    assert final[1] == "30 ± 10" and final[-1] == "37"
+    last = [np.median([row["lar"] for row in each.rows[-5:]]) for each in seeds.values()]
+    assert median[:2] == ["median of last 5", "-"] and median[5] == "2"
+    assert median[2] == f"{np.mean(last):.3f} ± {np.std(last, ddof=1):.3f}"
+    assert final[1] == "30 ± 14" and final[-1] == "37"
