@@ -19,7 +19,7 @@ from jlar_experiments import cli, logs
 from jlar_experiments.checkpoint import Checkpoints, Foreign
 from jlar_experiments.errors import Stopped, Trouble
 from jlar_experiments.monitoring import verdict
-from jlar_experiments.pretraining import corpus, data, report, sharding, study, train
+from jlar_experiments.pretraining import corpus, data, report, sharding, study, texts, train
 from jlar_experiments.pretraining.config import PretrainConfig
 
 SETTINGS = {
@@ -270,7 +270,7 @@ def test_subsets_are_nested_and_validation_is_apart(config, tokens):
     assert large[:20] == small and sequences("train", 20, seed=5) == small
     training = {bytes(each) for each in sequences("train", 600)}
     held = (tokens / "validation.bin").read_bytes()[::2]
-    texts = [text + b"\0" for text in corpus.documents(config.corpus) if corpus.held_out(text)]
+    texts = [text + b"\0" for text in texts.documents(config.corpus) if corpus.held_out(text)]
     assert b"".join(texts) == held
     assert not any(piece in held for piece in training)
 
@@ -373,7 +373,7 @@ def test_bpe_tokens_read_back_as_the_text(text, tmp_path, capsys):
     ids = np.fromfile(out / "validation.bin", "<u2")
     end = tokenizer.token_to_id(corpus.END)
     first = ids[: np.argmax(ids == end)].tolist()
-    held = [each for each in corpus.documents(str(text)) if corpus.held_out(each)]
+    held = [each for each in texts.documents(str(text)) if corpus.held_out(each)]
     assert tokenizer.decode(first).encode() == held[0]
     assert (ids == end).sum() == len(held) == stored.documents["validation"]
 
@@ -381,9 +381,9 @@ def test_bpe_tokens_read_back_as_the_text(text, tmp_path, capsys):
 def test_one_file_is_cut_into_pieces(tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("".join(f"line {i}\n" for i in range(100_000)))
-    pieces = list(corpus.documents(str(file)))
+    pieces = list(texts.documents(str(file)))
     assert b"".join(pieces) == file.read_bytes() and len(pieces) > 10
-    assert all(len(each) < corpus.PIECE + 100 and each.endswith(b"\n") for each in pieces)
+    assert all(len(each) < texts.PIECE + 100 and each.endswith(b"\n") for each in pieces)
 
 
 def test_unsaved_is_an_error_of_the_command(text, tokens, tmp_path, monkeypatch, capsys):
