@@ -270,8 +270,8 @@ def test_subsets_are_nested_and_validation_is_apart(config, tokens):
     assert large[:20] == small and sequences("train", 20, seed=5) == small
     training = {bytes(each) for each in sequences("train", 600)}
     held = (tokens / "validation.bin").read_bytes()[::2]
-    texts = [text + b"\0" for text in texts.documents(config.corpus) if corpus.held_out(text)]
-    assert b"".join(texts) == held
+    documents = [text + b"\0" for text in texts.documents(config.corpus) if corpus.held_out(text)]
+    assert b"".join(documents) == held
     assert not any(piece in held for piece in training)
 
 
