@@ -1,9 +1,11 @@
 """The command `jlar`: each study registers its commands, and loads what it needs when called."""
 
+import os
+import signal
 import sys
 from typing import Any
 
-from . import errors
+from . import errors, signals
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,5 +62,18 @@ def _told(line: str, error: BaseException) -> int:
     return errors.code(error)
 
 
+def command() -> int:
+    """What the installed command runs: once all is done and told, Ctrl-C comes too late."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signals.interrupt)
+    code = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if code == 128 + signal.SIGINT:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # threads that still compile would crash at the usual end
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())
