@@ -22,7 +22,8 @@ class Expected(NamedTuple):
     """What a baseline has at one step or loss."""
 
     lar: Float[Array, "*at"]
-    """Mean of its runs, each at the least of the last fifth of a doubling of steps."""
+    """Mean of its runs, each at the lesser of its LAR here and a fifth of a doubling of steps
+    before, since a healthy run may be so much later while LAR rises."""
     spread: Float[Array, "*at"]
     """Standard deviation of one more run about that mean; 0 for a baseline of one run."""
     known: Bool[Array, "*at"]

@@ -30,7 +30,7 @@ class Thresholds:
     noises: float = 2.5
     """The same in multiples of the noise, where that is more."""
     hold: float = 0.05
-    """Doublings of steps that a signal may be at twice the allowance."""
+    """Doublings of steps that a signal of overfitting may be at twice the allowance."""
     decline: float = 0.0075
     """LAR that a run may lose per doubling of steps after its peak."""
     grokked: float = 0.4
@@ -55,7 +55,8 @@ class Signal(eqx.Module):
     jitter: Float[Array, "*signals"]
     """Mean distance of x from the middle of its neighbours, about its standard deviation."""
     noise: Float[Array, "*signals"]
-    """Root mean square of x over the last doubling of the first epoch; 0 if that is not known."""
+    """Root mean square of x in the first epoch, in which each doubling of steps has half of the
+    weight that the later ones leave; 0 before LAR has risen, and if no first epoch is told."""
     since: Float[Array, "*signals"]
     """Step from which it has been in force without a pause; 0 if it is not in force."""
     calm_step: Float[Array, "*signals"]
@@ -63,12 +64,13 @@ class Signal(eqx.Module):
     first_alarm_step: Float[Array, "*signals"]
     """0 if it never rang."""
     step_before: Float[Array, "*signals"]
-    """The step before S began to rise to its first alarm: a checkpoint to go back to."""
+    """The last step before S began to rise to its first alarm: go back to a checkpoint up to it."""
     heard: Int[Array, "*signals"]
-    """Points since the last pause, which is an eighth of a doubling without an x."""
+    """Points with an x since the last pause: points without one for a quarter of a doubling."""
     doublings: Float[Array, "*signals"]
-    """log2 of the step of the last of them, and how far that was from the one before."""
+    """log2 of the step of the last point with an x."""
     width: Float[Array, "*signals"]
+    """log2 of that step over the one before."""
     recent: Float[Array, "*signals"]
     earlier: Float[Array, "*signals"]
 
@@ -82,7 +84,7 @@ class Monitor(eqx.Module):
     r"""Alarms out of a run's LAR, without validation data: a pytree that a training step carries.
 
     On small models its alarm is no better than the same alarm on the training loss, and worse if
-    there is no baseline (jlar_experiments/results): have one there, of several seeds.
+    there is no baseline (jlar_experiments/results): give it one of several seeds.
 
     Three signals of overfitting, and one of generalisation, which is good news and no `alarm`. Each
     is a CUSUM over u = log2(step), $S \leftarrow \max(0, S + (x - allowance) du)$, and rings when S
@@ -90,21 +92,21 @@ class Monitor(eqx.Module):
 
     * `deviation`: x is how far LAR is below the baseline's at the same step.
     * `matched_loss`: x is how far it is below the baseline's at the same training loss.
-    * `decline`: x is what LAR has lost since its peak beyond .0075 per doubling of steps, and
-      beyond what the baseline has lost, if there is one.
+    * `decline`: x is what LAR has lost since its peak beyond .0075 per doubling of steps; if there
+      is a baseline, at most how far LAR is below it, so that a decline which both share counts not.
     * `grokking`: x is how much LAR has risen since memorisation (training loss below a twentieth of
       its largest); $k = n^{2(1-LAR)}$ is $n^{-2x}$ of what it was, and two fifths ring. Needs n.
 
     The allowance is .006 or 2.5 times the noise, whichever is more. The noise is the largest of
-    three: of a point of the log about its neighbours, of the spread of a baseline of several runs,
-    and of x in the run's first epoch, which cannot overfit, if `second_epoch` is told. Small
-    models differ by more than .006 between seeds: they need one of the last two.
+    three: of a point of the log about its neighbours, of the spread of a baseline of several runs
+    (not for `decline`), and of x in the run's first epoch, which cannot overfit, if `second_epoch`
+    is told. Small models differ by more than .006 between seeds: they need one of the last two.
 
     **When it rings**: look at the validation loss, if there is one. If not, stop, or go back to the
-    last checkpoint before `step_before`, where S began to rise, and go on with more data or with
-    more weight decay. An alarm is a sign of overfitting, no proof.
+    last checkpoint at or before the signal's `step_before`, after which S rose, and go on with more
+    data or with more weight decay. An alarm is a sign of overfitting, no proof.
 
-    No field is ever nan or infinite: a step of 0 stands for never. State: 78 numbers. Cost: a few
+    No field is ever nan or infinite: a step of 0 stands for never. State: 77 numbers. Cost: a few
     microseconds of one CPU core per update (`benchmarks/monitor.py`).
 
     Example:
@@ -159,7 +161,7 @@ class Monitor(eqx.Module):
         Args:
             n: input width of the layer, the base of the logarithm, for `grokking`.
             second_epoch: step at which the data begins to repeat (tokens of the data set over
-                tokens per step): before it the noise is learnt, and nothing rings.
+                tokens per step): before it the noise is learnt, and no signal of overfitting rings.
             thresholds: when to ring.
 
         Raises:
@@ -174,7 +176,7 @@ class Monitor(eqx.Module):
             return {a: jnp.zeros(shape, jnp.int32 if a in counts else jnp.float32) for a in names}
 
         state = zeros(cls) | {
-            "second_epoch": jnp.array(second_epoch or 0, jnp.float32),
+            "second_epoch": jnp.asarray(0 if second_epoch is None else second_epoch, jnp.float32),
             "signals": Signal(**zeros(Signal, len(SIGNALS))),
         }
         return cls(**state | {"n": n, "thresholds": thresholds})
@@ -209,7 +211,7 @@ class Monitor(eqx.Module):
             step: of the run, in any unit, at any distance. One that is not greater than all before
                 is a restart that replays what is known: it changes nothing, as does step 0.
             lar: of the training data. What is not finite changes nothing.
-            loss: of the training data, for `matched_loss` and `grokking`.
+            loss: of the training data, for `matched_loss` and `grokking`; 0 or less is none.
             baseline: what to compare with, for `deviation` and `matched_loss`.
 
         Returns:

@@ -63,7 +63,7 @@ def _told(line: str, error: BaseException) -> int:
 
 
 def command() -> int:
-    """What the installed command runs: once all is done and told, Ctrl-C comes too late."""
+    """What the installed command runs: once all is done and told, it ignores Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signals.interrupt)
     code = main()

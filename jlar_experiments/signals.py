@@ -25,7 +25,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def stops(*numbers: int, then: Callable[[], None] = lambda: None) -> Iterator[Callable[[], int]]:
-    """Within the block these signals wait for whoever asks; a second SIGINT interrupts at once.
+    """Within the block these signals are noted for the caller to ask; a second SIGINT interrupts.
 
     Yields a function that returns the number of the first signal that came, 0 if none has; `then`
     is called when it comes.

@@ -3,14 +3,15 @@
     python -m jlar_experiments.monitoring.judge FOLDER [FOLDER ...] [--json PATH]
     python -m jlar_experiments.monitoring.judge curves [--logs 30] [--json PATH]
 
-A FOLDER holds the logs of `suite` or the runs of a pre-training study. A run is healthy if its text
-is seen once, or most often new; it is compared with the other healthy runs of its recipe, as the
-others are with all of them. It overfits if its validation loss is lowest before nine tenths of its
-steps. Regret is the validation loss at the first alarm, or at the end if there is none, less the
-lowest. A comparator is the signal `deviation` of another number than LAR, towards the side on which
-memorisation lies; its allowance is a multiple of the noise, the least at which no more than one in
-eighteen healthy runs of the suite's half "fit" rings. "curves" are the paper's runs of 3B
-parameters, rebuilt from its table 2 with six kinds of noise. Criterion: log/monitor.md.
+A FOLDER holds the logs of `suite` or the runs of a pre-training study. Healthy are, of the suite,
+the runs whose text is seen once, of a study those with most unique text. The baseline of a healthy
+run is the other healthy runs of its recipe, that of another run all of them. A run overfits if its
+validation loss is lowest before nine tenths of its steps. Regret is the validation loss at the
+first alarm, or at the end if there is none, less the lowest. A comparator is the signal `deviation`
+of another number than LAR, towards the side on which memorisation lies; its allowance is a multiple
+of the noise, the least at which no more than one in eighteen healthy runs of the suite's half "fit"
+rings. "curves" are the paper's runs of 3B parameters, rebuilt from its table 2 with six kinds of
+noise. Criterion: log/monitor.md.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from ..logs import Log
 from . import runs, suite, verdict
 
 Columns = dict[str, Float[np.ndarray, "rows"]]
-# Toward memorisation these fall, in a unit in which healthy runs differ by about .01.
+# Toward memorisation these fall. The unit only matters for what the monitor takes for rounding.
 COMPARATORS: dict[str, Callable[[Columns], np.ndarray]] = {
     "LAR, treated as the comparators": lambda log: log["lar"],
     "training loss": lambda log: log["train_loss"] / 10,
@@ -131,21 +132,22 @@ def monitored(run: Run, others: Iterable[Run]) -> float:
     return float(verdict.watched(Monitor.init(), log, baseline)[0].first_alarm_step)
 
 
-def compared(run: Run, others: Iterable[Run], name: str, multiple: float) -> float:
+def compared(run: Run, others: Iterable[Run], name: str, noises: float) -> float:
     """The same of the signal `deviation` of a comparator."""
 
     def values(each: Run) -> np.ndarray:
-        return COMPARATORS[name](each.log) + 10  # above what initialisation looks like
+        # The monitor says nothing of a LAR that was never above .53; these have no such bound.
+        return COMPARATORS[name](each.log) + 10
 
     baseline = Baseline.from_runs([(each.log["step"], values(each), None) for each in others])
-    monitor = Monitor.init(thresholds=Thresholds(allowance=1e-6, noises=multiple))
+    monitor = Monitor.init(thresholds=Thresholds(allowance=1e-6, noises=noises))
     silent = np.full(len(run.log["step"]), np.nan)
     log = Log(run.log["step"], values(run), silent)
     return float(verdict.watched(monitor, log, baseline)[0]["deviation"].first_alarm_step)
 
 
 def multiple(chooses: list[tuple[Run, list[Run]]], name: str) -> float:
-    """Of the noise: the least at which hardly any healthy run of these rings."""
+    """Of the noise: the least of .5, .57 ... 29 at which hardly any healthy run of these rings."""
     healthy = [pair for pair in chooses if pair[0].healthy]
     for candidate in np.round(0.5 * 1.15 ** np.arange(30), 2):
         if sum(compared(*pair, name, candidate) > 0 for pair in healthy) <= FALSE_ALARMS * len(

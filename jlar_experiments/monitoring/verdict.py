@@ -46,8 +46,8 @@ def _watched(
         monitor = jax.tree.map(lambda a, b: jnp.where(real, a, b), updated, monitor)
         signals = monitor.signals
         traced = {name: getattr(signals, name) for name in ("level", "allowance", "S", "limit")}
-        silent = (signals.since == 0)[None]
-        return monitor, {name: jnp.where(silent[0], jnp.nan, a) for name, a in traced.items()}
+        silent = signals.since == 0
+        return monitor, {name: jnp.where(silent, jnp.nan, a) for name, a in traced.items()}
 
     return jax.lax.scan(update, monitor, (*columns, real))
 
@@ -167,6 +167,10 @@ def _status(signals: dict[str, Any], slope: float | None, points: int) -> str:
         return "declining"
     if slope is None or points < ENOUGH:
         return "too short"
+    return _trend(slope)
+
+
+def _trend(slope: float) -> str:
     return "rising" if slope > STILL else "declining" if slope < -STILL else "settled"
 
 
@@ -196,10 +200,9 @@ def _opening(found: dict[str, Any]) -> str:
     now, slope = f"LAR is {found['lar']:.3f} at step {found['step']}", found["slope_per_doubling"]
     if slope is None:
         return f"{now}."
-    trend = "rising" if slope > STILL else "declining" if slope < -STILL else "settled"
     lost = (found["peak_lar"] or 0) - found["lar"]
     peak = f", {lost:.3f} below its peak" if lost > 0.005 else ""
-    return f"{now} and {trend}{peak} ({slope:+.4f} per doubling of steps)."
+    return f"{now} and {_trend(slope)}{peak} ({slope:+.4f} per doubling of steps)."
 
 
 def _alarm(name: str, signal: dict[str, Any]) -> str:
