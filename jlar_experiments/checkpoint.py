@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,16 +34,19 @@ class Checkpoints:
     def __init__(self, folder: Path):
         folder.mkdir(exist_ok=True)
         self._folder = folder
+
+    @cached_property
+    def _checkpointer(self) -> ocp.training.Checkpointer:
+        """Opened only after `newest` has moved damaged ones aside, since orbax fails at any."""
         context = ocp.Context()
         # Made in the background, a folder that cannot be made is waited for, 20 minutes long.
         context.asynchronous.create_directories_asynchronously = False
-        with _quietly():
-            self._checkpointer = ocp.training.Checkpointer(
-                str(folder.resolve()),
-                context=context,
-                preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(KEPT)),
-                cleanup_tmp_directories=True,
-            )
+        return ocp.training.Checkpointer(
+            str(self._folder.resolve()),
+            context=context,
+            preservation_policy=cast(Any, ocp.training.preservation_policies.LatestN(KEPT)),
+            cleanup_tmp_directories=True,
+        )
 
     def save(self, step: int, state: Any) -> None:
         """Start to save; waits only for a save that is still under way.
@@ -79,7 +83,7 @@ class Checkpoints:
             ),
             like,
         )
-        steps = sorted((each.step for each in self._checkpointer.checkpoints), reverse=True)
+        steps = sorted(map(int, self._numbered()), reverse=True)
         found = None
         for step in steps:
             # Of the older ones too: orbax deletes what has a number when there are newer ones.
@@ -95,48 +99,43 @@ class Checkpoints:
                     if jax.process_index() == 0:
                         (self._folder / str(step)).rename(aside)
                 warn(f"checkpoint {step} is damaged ({why}); it is now {aside.name}")
-        self._checkpointer.reload()
         if steps and not found:
             warn(f"no checkpoint is left in {self._folder}; starting from the beginning")
         return found
 
+    def _numbered(self) -> list[str]:
+        return [each.name for each in self._folder.iterdir() if each.name.isdigit()]
+
     def _digested(self, step: int) -> int:
-        """The digest that was saved with the state."""
-        path = self._folder / str(step) / "_CHECKPOINT_METADATA"
-        return int(json.loads(path.read_bytes())["custom_metadata"]["digest"])
+        """The digest that was saved with the state, if orbax can read what it reads of it."""
+        path = self._folder.resolve() / str(step)
+        # Of an error of the machine orbax would tell as of a file that is not there.
+        raw = (path / "_CHECKPOINT_METADATA").read_bytes()
+        with _quietly():
+            ocp.metadata(str(path))
+        return int(json.loads(raw)["custom_metadata"]["digest"])
 
     def _loaded(self, step: int, like: Any) -> Any:
+        path = str(self._folder.resolve() / str(step))
         with _quietly():
             try:
-                return self._checkpointer.load(step, like)
+                return ocp.load(path, like)
             except Exception as error:
                 if not errors.trouble(error):
-                    self._check_own(step, like)
+                    _check_own(path, like)
                 raise
-
-    def _check_own(self, step: int, like: Any) -> None:
-        """Raise `Foreign` if the checkpoint says that it holds other arrays than `like`."""
-        try:
-            there = _shapes(self._checkpointer.metadata(step).metadata)
-        except Exception:  # what it holds cannot be read, either: it is damaged
-            return
-        odd = sorted(there.items() ^ _shapes(like).items())
-        if there and odd:
-            raise Foreign(
-                f"{self._folder / str(step)} was saved by another version: its state differs in "
-                f"{odd[0][0]}; continue with the version that config.json names, or train in "
-                "another folder"
-            )
 
     def wait(self) -> None:
         """Until everything is on the disk; raises `Trouble` as `save` does."""
         with self._unsaved():
-            self._checkpointer.wait()
+            if "_checkpointer" in vars(self):
+                self._checkpointer.wait()
 
     def close(self) -> None:
         """The same, and no more is saved; raises `Trouble` as `save` does."""
         with self._unsaved():
-            self._checkpointer.close()
+            if "_checkpointer" in vars(self):
+                self._checkpointer.close()
 
     @contextmanager
     def _unsaved(self) -> Iterator[None]:
@@ -144,12 +143,26 @@ class Checkpoints:
             with _quietly():
                 yield
         except Exception as error:  # orbax does not say what a failed write may raise
-            whole = sorted(int(each.name) for each in self._folder.iterdir() if each.name.isdigit())
+            whole = sorted(map(int, self._numbered()))
             left = f"the last good one is {whole[-1]}" if whole else "there is no other"
             why = errors.line(errors.trouble(error) or _deepest(error))
             raise Trouble(
                 f"a checkpoint could not be written to {self._folder} ({why[:200]}); {left}"
             ) from error
+
+
+def _check_own(path: str, like: Any) -> None:
+    """Raise `Foreign` if the checkpoint says that it holds other arrays than `like`."""
+    try:
+        there = _shapes(ocp.metadata(path).metadata)
+    except Exception:  # what it holds cannot be read, either: it is damaged
+        return
+    odd = sorted(there.items() ^ _shapes(like).items())
+    if there and odd:
+        raise Foreign(
+            f"{path} was saved by another version: its state differs in {odd[0][0]}; continue with "
+            "the version that config.json names, or train in another folder"
+        )
 
 
 def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:

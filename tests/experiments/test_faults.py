@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from faults import each_fault
-from jlar_experiments import cli, errors, folder, records, report
+from jlar_experiments import checkpoint, cli, errors, folder, records, report
 from jlar_experiments.checkpoint import Checkpoints
 from jlar_experiments.errors import Trouble
 from jlar_experiments.grokking import ensemble, study
@@ -98,6 +98,22 @@ def test_no_flipped_bit_goes_unnoticed(two, tmp_path):
     assert not unnoticed and harmless < 30
 
 
+def test_damaged_metadata_moves_its_checkpoint_aside(two, tmp_path):
+    """Orbax reads it of every checkpoint before it saves one, and fails at any it cannot read."""
+    file = Path("20", "_CHECKPOINT_METADATA")
+    raw = (two / file).read_bytes()
+    for at in range(0, len(raw), 5):
+        place = Path(shutil.copytree(two, tmp_path / str(at)))
+        (place / file).write_bytes(raw[:at] + bytes([raw[at] ^ 1 << at % 7]) + raw[at + 1 :])
+        said = []
+        found = newest(place, said)
+        assert found is not None and whole(found)
+        assert said == [] if found[0] == 20 else len(said) == 1 and "20 is damaged" in said[0]
+        saved(place, 30)
+        assert (place / "30").exists() and (place / "20").exists() == (found[0] == 20)
+        shutil.rmtree(place)
+
+
 def test_folders_of_somebody_else_are_not_deleted(two, tmp_path):
     """Numbered folders beside checkpoints are renamed; a linked folder is refused."""
     place = Path(shutil.copytree(two, tmp_path / "checkpoints"))
@@ -122,14 +138,13 @@ def test_folders_of_somebody_else_are_not_deleted(two, tmp_path):
 )
 def test_an_error_of_the_machine_touches_nothing(error, two, monkeypatch):
     before = contents(two)
-    with contextlib.closing(Checkpoints(two)) as checkpoints:
 
-        def load(*_):
-            raise KeyError("incompatible handler") from error  # as orbax wraps it
+    def load(*_):
+        raise KeyError("incompatible handler") from error  # as orbax wraps it
 
-        monkeypatch.setattr(type(checkpoints._checkpointer), "load", load)
-        with pytest.raises(Trouble):
-            checkpoints.newest(LIKE, pytest.fail)
+    monkeypatch.setattr(checkpoint.ocp, "load", load)
+    with pytest.raises(Trouble):
+        newest(two)
     assert contents(two) == before
 
 
