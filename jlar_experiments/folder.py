@@ -5,7 +5,7 @@ import fcntl
 import itertools
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ def opened(
     config: Any,
     *,
     fresh: bool = False,
-    longer: Collection[str] = (),
+    longer: Mapping[str, str] | None = None,
     free: Collection[str] = (),
     **described: Any,
 ) -> Iterator[None]:
@@ -44,7 +44,8 @@ def opened(
         study: the name of the study in config.json.
         config: the settings, a dataclass.
         fresh: begin again; what the folder holds moves into "earlier", "earlier-2" ... in it.
-        longer: settings that may be larger than those of the run that is there.
+        longer: settings that may be larger than those of the run that is there, and what is then
+            said.
         free: settings that may differ.
         described: what else is to be in config.json and to be the same when the run goes on.
 
@@ -59,7 +60,7 @@ def opened(
         _check(folder, study)
         described = {**described, "numbers": records.numbers()}
         if (folder / CONFIG).exists() and not fresh:
-            _go_on(folder, study, config, longer, free, described)
+            _go_on(folder, study, config, longer or {}, free, described)
         else:
             if (folder / CONFIG).exists():
                 _set_aside(folder)
@@ -154,7 +155,7 @@ def _go_on(
     folder: Path,
     study: str,
     config: Any,
-    longer: Collection[str],
+    longer: Mapping[str, str],
     free: Collection[str],
     described: Row,
 ) -> None:
@@ -173,6 +174,8 @@ def _go_on(
     if different:
         listed = ", ".join(different)
         raise Refusal(f"{folder} holds a run with {listed}; choose --fresh or another --out")
+    for name in grown:
+        say(f"{folder} was to end at {name} {there[name]:,}, now at {here[name]:,}{longer[name]}")
     now = records.environment()
     before = {name: there[name] for name in grown}
     before |= {name: stored.get(name) for name in now if stored.get(name) != now[name]}

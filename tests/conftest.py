@@ -17,15 +17,13 @@ def strict_promotion():
 
     Of the modules, for what they share is compiled once only if it sees the same.
     """
-    with jax.numpy_dtype_promotion("strict"):
+    with (
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+        jax.debug_nans(True),
+        jax.debug_infs(True),
+    ):
         yield
-
-
-@pytest.fixture(params=[8, 1])
-def devices(request, monkeypatch):
-    """How many there seem to be: sums of squares go row by row if there is but one CPU."""
-    monkeypatch.setattr(jax, "device_count", lambda: request.param)
-    return request.param
 
 
 @pytest.fixture

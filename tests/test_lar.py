@@ -65,7 +65,6 @@ def test_narrow_dtypes_are_summed_in_float32(dtype, unchecked):
     )
 
 
-@pytest.mark.usefixtures("devices")
 def test_any_number_of_token_axes():
     W, X = pair("aligned")
     expected = jlar.lar(W, X)
@@ -73,7 +72,6 @@ def test_any_number_of_token_axes():
     np.testing.assert_allclose(jlar.lar(W, X[0]), reference.lar(W, X[:1]), rtol=2e-6)
 
 
-@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("mask_dtype", [bool, jnp.int32, jnp.float32, jnp.bfloat16])
 def test_mask_counts_only_kept_tokens(mask_dtype):
     W, X = pair("aligned")
@@ -198,7 +196,6 @@ def test_extremes():
     np.testing.assert_allclose(jlar.lar(jnp.eye(6), jnp.ones((3, 6))), 0.5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize("of", ["W", "X", "mask", "nan", "inf W", "inf X"])
 def test_nan_out(of):
     W, X = pair("tall")
@@ -225,7 +222,6 @@ def test_nan_out(of):
     assert jnp.isnan(jlar.Energies.zeros(12).lar)
 
 
-@pytest.mark.usefixtures("devices")
 def test_derivatives_to_order_two(x64):
     W, X = (jnp.asarray(a) for a in gaussian(5, 4, 6))
     mask = jnp.array([1, 1, 0, 1, 1, 1])

@@ -1,7 +1,8 @@
 """What a run's records say, seed by seed, and the paper's points to set beside it."""
 
 import csv
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from .config import GrokConfig
 
 POINTS = ("memorised", "grokked", "final")
 REFERENCE = Path(__file__).parents[1] / "reference"
+FRACTIONS = (0.05, 0.1, 0.2, 0.3)  # of set B
 SHARE = 0.99  # of the answers right: an accuracy above it counts as learnt
 
 
@@ -204,3 +206,17 @@ def _mean_and_range(values: list[float], digits: int) -> str:
         return "-"
     low, high = min(values), max(values)
     return f"{np.mean(values):.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def of_set(runs: Iterable[Run], name: str) -> list[Run]:
+    """The runs of the paper's set A or B: all settings but seed and lengths are the defaults."""
+    free = ("seed", "seeds", "epochs", "after_grok", "task", "train_fraction", "spectra_every")
+    chosen = []
+    for run in runs:
+        config = run.config
+        same = dataclasses.replace(GrokConfig(), **{each: getattr(config, each) for each in free})
+        in_a = config.train_fraction == 0.5
+        in_b = config.task == "x+y" and config.train_fraction in FRACTIONS
+        if same == config and (in_a if name == "A" else in_b):
+            chosen.append(run)
+    return chosen

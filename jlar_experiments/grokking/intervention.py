@@ -1,6 +1,6 @@
 """Does pushing LAR up make a network generalise sooner? The paper's open question, an experiment.
 
-    python -m jlar_experiments.grokking.intervention FOLDER [--c C] [--steps N]
+    python -m jlar_experiments.grokking.intervention FOLDER [--c C] [--steps N] [--decays D ...]
 
 The small relative of the paper's set-up (x + y mod 31, 60% of the pairs, width 64, one block, full
 batch), ten seeds under one vmap. From the step at which a seed has memorised (training accuracy
@@ -169,11 +169,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--terms", nargs="+", default=TERMS, choices=TERMS, metavar="TERM")
+    parser.add_argument("--decays", type=float, nargs="+", default=DECAYS, metavar="DECAY")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     logs = {}
     terms: list[str] = arguments.terms
-    for term, decay in [(term, decay) for decay in DECAYS for term in terms]:
+    for term, decay in [(term, decay) for decay in arguments.decays for term in terms]:
         path = arguments.folder / f"{term}-decay{decay:g}.jsonl"
         if not path.exists():
             rows = arm(term, decay, arguments.c, arguments.steps, arguments.first_seed)

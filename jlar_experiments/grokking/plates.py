@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .analysis import POINTS, Run, Timeline, figure3, paper_point, title
+from .analysis import POINTS, Run, Timeline, figure3, of_set, paper_point, title
 from .config import GrokConfig
 from .figures import ACCURACY, LAR, POINT_COLOURS, STYLE, band, save, spectrum, square
 from .plan import SMALL_P, small
@@ -54,8 +54,6 @@ def lines(runs: Iterable[Run]) -> Lines:
 
 def draw(runs: Sequence[Run], folder: Path) -> dict[str, str]:
     """Write each figure that the runs allow as PNG and SVG; returns name -> caption."""
-    from .results import of_set  # which imports this file
-
     a, b = of_set(runs, "A"), of_set(runs, "B")
     first = [run for run in a if run.config.task == "x+y"][:1]
     others = [run for run in a if run.config.task != "x+y"]

@@ -1,7 +1,6 @@
 """The page and tables of `jlar paper grokking`, from the records of its runs alone."""
 
 import csv
-import dataclasses
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,10 +12,8 @@ from ..errors import Refusal
 from ..records import write_whole
 from . import analysis, beyond, plates
 from .analysis import REFERENCE, Run, Timeline
-from .config import GrokConfig
 
 RESAMPLES = 10_000
-FRACTIONS = (0.05, 0.1, 0.2, 0.3)  # of set B
 COLUMNS = ("memorised", "grokked", "final_grokked", "final_not_grokked")
 NAMES = ("memorised", "grokked", "final (grokked)", "final (no grok)")
 
@@ -73,20 +70,6 @@ def read(folder: Path) -> list[Run]:
     return found
 
 
-def of_set(runs: Iterable[Run], name: str) -> list[Run]:
-    """The runs of the paper's set A or B: all settings but seed and lengths are the defaults."""
-    free = ("seed", "seeds", "epochs", "after_grok", "task", "train_fraction", "spectra_every")
-    chosen = []
-    for run in runs:
-        config = run.config
-        same = dataclasses.replace(GrokConfig(), **{each: getattr(config, each) for each in free})
-        in_a = config.train_fraction == 0.5
-        in_b = config.task == "x+y" and config.train_fraction in FRACTIONS
-        if same == config and (in_a if name == "A" else in_b):
-            chosen.append(run)
-    return chosen
-
-
 def pairs(runs: Iterable[Run], column: str) -> list[Pair]:
     """k_pred and k95 of every seed that has this column's point."""
     found = []
@@ -128,7 +111,7 @@ def table1(runs: Sequence[Run]) -> Table:
     for name in ("A", "B"):
         ours, paper = [], []
         for column in COLUMNS:
-            found = pairs(of_set(runs, name), column)
+            found = pairs(analysis.of_set(runs, name), column)
             half = half_interval(found)
             spread = f" ± {half:.2f}" if np.isfinite(half) else ""
             ours.append(f"{rmse(found):.2f}{spread} (n = {len(found)})" if found else "-")
@@ -139,7 +122,7 @@ def table1(runs: Sequence[Run]) -> Table:
 
 
 def _note(runs: Sequence[Run]) -> str:
-    ours = [*of_set(runs, "A"), *of_set(runs, "B")]
+    ours = [*analysis.of_set(runs, "A"), *analysis.of_set(runs, "B")]
     ends = sorted({run.config.after_grok for run in ours})
     return (
         "± is half of the 95% percentile bootstrap interval over runs (10,000 resamples), n the "

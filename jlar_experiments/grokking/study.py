@@ -18,7 +18,8 @@ from . import analysis, train
 from .analysis import Timeline
 from .config import GrokConfig
 
-LENGTHS = ("epochs", "after_grok")  # may grow from one call to the next
+# May grow from one call to the next; there is nothing more to say of it.
+LENGTHS: dict[str, str] = dict.fromkeys(("epochs", "after_grok"), "")
 
 
 def opened(

@@ -43,6 +43,7 @@ def opened(
     Of several hosts the first has it.
     """
     data = corpus.sidecar(tokens).sha256
+    rate = ", with the learning rate that the longer cosine has from here on"
     if jax.process_index() > 0:
         return nullcontext()
     return folders.opened(
@@ -50,7 +51,7 @@ def opened(
         "pretrain",
         config,
         fresh=fresh,
-        longer=("steps",),
+        longer={"steps": rate if config.schedule == "cosine" else ""},
         free=FREE,
         preset=preset,
         data=data,

@@ -92,7 +92,7 @@ def test_settings_follow_from_the_data_and_a_longer_run_goes_on(tmp_path, monkey
     bpe = ["--tokenizer=bpe", "--vocabulary=300", "--out=tokens"]
     assert cli.main(["data", "texts", *bpe]) == 0
     small = ["--width=16", "--hidden=16", "--heads=2", "--layers=1", "--unroll=1", "--length=32"]
-    command = ["pretrain", "--corpus=tokens", *small, "--schedule=constant"]
+    command = ["pretrain", "--corpus=tokens", *small, "--schedule=cosine"]
     assert cli.main([*command, "--steps=6"]) == 0  # fewer steps than the preset warms up for
     [folder] = (tmp_path / "runs" / "bytes-tiny").glob("*/config.json")
     settings = json.loads(folder.read_text())["settings"]
@@ -102,6 +102,7 @@ def test_settings_follow_from_the_data_and_a_longer_run_goes_on(tmp_path, monkey
     assert settings["unique_tokens"] == made.tokens["train"] // 33 * 32
     longer = [*command, "--warm-up=6"]
     assert cli.main([*longer, "--steps=12"]) == 0
+    assert "end at steps 6, now at 12, with the learning rate" in capsys.readouterr().err
     rows = (folder.parent / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == list(range(12))
     assert cli.main([*longer, "--steps=6"]) == 2
