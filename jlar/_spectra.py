@@ -69,7 +69,8 @@ class Spectra(eqx.Module):
         """
         s = jnp.sqrt(self.p)
         s = s / jnp.sum(s, axis=-1, keepdims=True)
-        return jnp.exp(jnp.sum(jax.scipy.special.entr(s), axis=-1))
+        s = jnp.where(s == 0, 1, s)  # adds as little to the sum, and its logarithm is finite
+        return jnp.exp(-jnp.sum(s * jnp.log(s), axis=-1))
 
     @property
     def corr(self) -> Float[Array, "*stack"]:

@@ -1,4 +1,8 @@
-"""The suite's house rules: eight CPU devices, strict dtypes, shapes checked at run time."""
+"""The suite's house rules: eight CPU devices, strict dtypes and ranks, shapes checked at run time.
+
+Not `jax_debug_nans` and `jax_debug_infs`: nan is the documented answer to bad data, which hundreds
+of tests ask for. test_package.py has every public function on good data under both.
+"""
 
 import jax
 import pytest
@@ -13,16 +17,11 @@ with install_import_hook(["jlar", "jlar_experiments", "reference"], "beartype.be
 
 @pytest.fixture(autouse=True, scope="module")
 def strict_promotion():
-    """No implicit dtype promotion inside the library (the README's optax example needs some).
+    """No implicit promotion of dtypes or ranks inside the library and the studies.
 
     Of the modules, for what they share is compiled once only if it sees the same.
     """
-    with (
-        jax.numpy_dtype_promotion("strict"),
-        jax.numpy_rank_promotion("raise"),
-        jax.debug_nans(True),
-        jax.debug_infs(True),
-    ):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 
 
