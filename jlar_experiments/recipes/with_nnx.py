@@ -27,7 +27,7 @@ class Block(nnx.Module):
 
 @nnx.jit
 def step(model: Block, optimizer: nnx.Optimizer, x: Array) -> tuple[Array, dict[str, Any]]:
-    """One step. What the traced copy changes in itself (dropout's count) is lost unless returned."""
+    """One step. What the traced copy changes in itself (dropout's count) goes unless returned."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def error(params: PyTree, rest: PyTree) -> tuple[Float[Array, ""], PyTree]:
