@@ -1,9 +1,9 @@
 """Monitor: alarms out of the log-alignment ratio, while a run trains or from its log afterwards."""
 
-import functools
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -11,32 +11,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._baseline import Baseline, Expected
-from ._checks import check_width
+from ._checks import check_width, need
 
 ALIGNED = 0.53  # LAR is 1/2 at initialisation: a run that has not risen above this says nothing
 MEMORISED = 0.05  # training loss, of its largest
 SMOOTH = 1 / 8  # doublings of steps that means of LAR and of the loss are over
 LONGEST = 1 / 4  # doublings that one point may stand for, and that a signal may be without one
 NOISELESS = 0.003  # LAR: what a point may add to a noise of 0
-LATEST = 3e38  # later than any step
 
 
 @dataclass(frozen=True)
 class Thresholds:
     """What runs that do not overfit may do, in LAR. Chosen in jlar_experiments/log/monitor.md."""
 
-    allowance: float = 0.006  # level that is never counted
+    allowance: float = 0.006  # what is never counted
     noises: float = 2.5  # the same in multiples of the noise, where that is more
     hold: float = 0.05  # doublings of steps that a signal may be at twice the allowance
-    decline: float = 0.0075  # LAR that a run may lose per doubling of steps after its peak
+    decline: float = 0.0075  # what a run may lose per doubling of steps after its peak
     grokked: float = 0.4  # of the effective dimension at memorisation: below it, `grokking` rings
 
 
 class Signal(eqx.Module):
-    r"""CUSUMs over u = log2(step), $S \leftarrow \max(0, S + (x - allowance) du)$, one per signal.
+    r"""A CUSUM over u = log2(step), $S \leftarrow \max(0, S + (x - allowance) du)$, of each signal.
 
-    x says by how much, in LAR, what `meaning` says is so: the median of its last three values, so
-    that one outlier moves nothing. A signal rings when S exceeds its limit.
+    x says by how much LAR does what `meaning` tells. It is the median of the last three values, so
+    that one outlier moves nothing. The signal rings when S exceeds its limit.
     """
 
     meaning: ClassVar[dict[str, str]] = {
@@ -49,12 +48,12 @@ class Signal(eqx.Module):
     level: Float[Array, "*signals"]  # x
     allowance: Float[Array, "*signals"]  # the x that runs which do not overfit have as well
     limit: Float[Array, "*signals"]  # 0 until it is in force
-    known_S: Float[Array, "*signals"]  # S up to the last point but one
-    jitter: Float[Array, "*signals"]  # mean distance of a point from the line of its neighbours
-    noise: Float[Array, "*signals"]  # root mean square of x in the first epoch; 0 if none is told
+    known_S: Float[Array, "*signals"]  # S at the last value but one
+    jitter: Float[Array, "*signals"]  # mean distance of a value from the line of its neighbours
+    noise: Float[Array, "*signals"]  # root mean square of x in the first epoch
     first_alarm_step: Float[Array, "*signals"]  # 0 if it never rang
-    step_before: Float[Array, "*signals"]  # the last at which S was 0, before the first alarm
-    heard: Float[Array, "*signals"]  # values of x since it was last unknown for a while
+    step_before: Float[Array, "*signals"]  # the last before the first alarm at which S was 0
+    heard: Float[Array, "*signals"]  # values since there was none for a quarter of a doubling
     doublings: Float[Array, "*signals"]  # log2 of the step of the last value
     width: Float[Array, "*signals"]  # log2 of that step over the one before
     recent: Float[Array, "*signals"]
@@ -62,9 +61,9 @@ class Signal(eqx.Module):
 
     @property
     def S(self) -> Float[Array, "*signals"]:
-        """LAR times doublings; at most twice the limit, so that an alarm ends soon after its cause.
+        """At most twice the limit, so that an alarm ends soon after its cause.
 
-        The last value may yet prove an outlier: the last interval counts with its lesser end.
+        The last value may yet prove an outlier: its interval counts with the lesser of its ends.
         """
         x = jnp.minimum(self.recent, self.earlier)
         return jnp.clip(self.known_S + (x - self.allowance) * self.width, 0, 2 * self.limit)
@@ -74,67 +73,35 @@ class Signal(eqx.Module):
         """Whether it rings now."""
         return self.S > self.limit
 
-    def heard_at(self, u: Array, x: Array, learns: Array) -> "Signal":
-        """With one more value, and what it says of the noise; `learns`: of that of the epoch."""
-        enough, width = self.heard > 1, jnp.minimum(u - self.doublings, LONGEST)
-        both, level = width + self.width, _median(x, self.recent, self.earlier)
-        part = width / jnp.maximum(both, 1e-6)
-        bend = jnp.abs(self.recent - part * self.earlier - (1 - part) * x)
-        bend = jnp.minimum(bend, 4 * self.jitter + NOISELESS)  # an outlier is forgotten soon
-        weight = jnp.minimum(jnp.maximum(both, 1 / jnp.maximum(self.heard - 1, 1)), 1)
-        share = jnp.where(enough & learns, 1 - jnp.exp2(-self.width), 0)
-        return replace(
-            self,
-            level=level,
-            jitter=self.jitter + jnp.where(enough, weight, 0) * (bend - self.jitter),
-            noise=jnp.sqrt((1 - share) * jnp.square(self.noise) + share * jnp.square(level)),
-            heard=self.heard + 1,
-            doublings=jnp.full_like(x, u),
-            width=width,
-            recent=x,
-            earlier=self.recent,
-        )
-
 
 SIGNALS = tuple(Signal.meaning)
-OVERFITTING = slice(3)  # of the signals; the last is good news, and no alarm
+OVERFITTING = slice(3)  # of the signals; the last is good news
 
 
 class Monitor(eqx.Module):
-    r"""Alarms out of a run's LAR, without validation data: a pytree that a training step carries.
+    """Alarms out of a run's LAR, without validation data: a pytree that a training step carries.
 
-    On small models its alarm is no better than the same alarm on the training loss, and worse if
-    there is no baseline (jlar_experiments/results): give it one of several seeds.
+    On small models its alarm is no better than the same alarm on the training loss, and worse
+    without a baseline (jlar_experiments/results): give it one of several seeds.
 
-    Three signals of overfitting, and one of generalisation, `grokking`, which is good news and no
-    `alarm`; `Signal` says what they are. Time is counted in doublings of the step, so it does not
-    matter how often LAR is logged.
+    `Signal` describes the signals: three of overfitting, and `grokking`, which is good news and no
+    `alarm`. Time is counted in doublings of the step, so it does not matter how often LAR is logged.
+    The allowance is .006 or 2.5 times the noise: that of a point about its neighbours, that between
+    the runs of a baseline, or that of x in the first epoch, which cannot overfit, if `second_epoch`
+    is told; whichever is most. Small models differ by more than .006 between seeds.
 
-    The noise is the largest of three: of a point of the log about its neighbours, of the spread of
-    a baseline of several runs (not for `decline`), and of x in the run's first epoch, which cannot
-    overfit, if `second_epoch` is told. Small models differ by more than the allowance between
-    seeds: they need one of the last two.
+    **When it rings**: look at the validation loss. Without one stop, or go back to the last
+    checkpoint up to the signal's `step_before`, and go on with more data or more weight decay.
 
-    **When it rings**: look at the validation loss, if there is one. If not, stop, or go back to the
-    last checkpoint at or before the signal's `step_before`, after which S rose, and go on with more
-    data or with more weight decay. An alarm is a sign of overfitting, no proof.
-
-    No field is ever nan or infinite: a step of 0 stands for never. State: 76 numbers. Cost: a few
-    microseconds of one CPU core per update (`benchmarks/monitor.py`).
+    No field is ever nan or infinite. State: 64 numbers, a few microseconds of one CPU core per update.
 
     Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from jlar.monitor import Monitor
-        >>> steps = jnp.arange(50, 10_001, 50)
-        >>> lar = 0.68 - 0.002 * (steps / 1000)  # the slow decline of a long run
-        >>> falling = lar - 0.01 * jnp.maximum(steps / 1000 - 4, 0)  # overfitting from step 4000
-        >>> @jax.vmap
-        ... def final(lar):
-        ...     watch = lambda monitor, at: (monitor.update(*at), None)
-        ...     return jax.lax.scan(watch, Monitor.init(n=4096), (steps, lar))[0]
-        >>> monitor = final(jnp.stack([lar, falling]))
+        >>> monitor, update = Monitor.init(n=4096), jax.jit(Monitor.update)
+        >>> for step in range(50, 10_001, 50):
+        ...     overfitting = 0.01 * max(step / 1000 - 4, 0)
+        ...     monitor = update(monitor, step, 0.68 - 0.002 * step / 1000 - overfitting)
         >>> print(monitor.alarm, monitor.first_alarm_step, monitor["decline"].step_before)
-        [False  True] [   0. 5000.] [   0. 4600.]
+        True 5000.0 4600.0
     """
 
     signals: Signal  # stacked along the last axis; `monitor["decline"]` is one of them
@@ -161,23 +128,18 @@ class Monitor(eqx.Module):
         """A monitor that has seen nothing.
 
         Args:
-            n: input width of the layer, the base of the logarithm, for `grokking`.
+            n: input width of the layer, the base of the logarithm, for `grokking`; at least 2.
             second_epoch: step at which the data begins to repeat (tokens of the data set over
                 tokens per step): before it the noise is learnt, and no signal of overfitting rings.
             thresholds: when to ring.
-
-        Raises:
-            ValueError: n < 2.
         """
         if n is not None:
             check_width(n, "the argument n")
-
-        def zeros(kind: type, *shape: int) -> dict[str, Any]:
-            return {each.name: jnp.zeros(shape, jnp.float32) for each in fields(kind)}
-
-        state = zeros(cls) | {name: jnp.zeros(2, jnp.float32) for name in ("recent", "earlier", "mean")}
-        state["signals"] = Signal(**zeros(Signal, len(SIGNALS)))
-        state["second_epoch"] = jnp.asarray(0 if second_epoch is None else second_epoch, jnp.float32)
+        shapes = {"signals": len(SIGNALS), "recent": 2, "earlier": 2, "mean": 2}
+        zeros = partial(jnp.zeros, dtype=jnp.float32)
+        state = {each.name: zeros(shapes.get(each.name, ())) for each in fields(cls)}
+        state["signals"] = Signal(*(zeros(len(SIGNALS)) for _ in fields(Signal)))
+        state["second_epoch"] += 0 if second_epoch is None else second_epoch
         return cls(**state | {"n": n, "thresholds": thresholds})
 
     def __getitem__(self, name: str) -> Signal:
@@ -193,8 +155,8 @@ class Monitor(eqx.Module):
     def first_alarm_step(self) -> Float[Array, "*runs"]:
         """When a signal of overfitting first rang; 0 if none ever did."""
         first = self.signals.first_alarm_step[..., OVERFITTING]
-        first = jnp.min(jnp.where(first > 0, first, LATEST), axis=-1)
-        return jnp.where(first < LATEST, first, 0)
+        first = jnp.min(jnp.where(first > 0, first, jnp.inf), axis=-1)
+        return jnp.where(jnp.isfinite(first), first, 0)
 
     def update(
         self,
@@ -204,25 +166,22 @@ class Monitor(eqx.Module):
         loss: Float[ArrayLike, ""] | None = None,
         baseline: Baseline | None = None,
     ) -> "Monitor":
-        """The monitor after one more step. Pure: keep what it returns.
+        """The monitor after one more step, of the same structure. Pure: keep what it returns.
 
         Args:
-            step: of the run, in any unit, at any distance. One that is not greater than all before
-                is a restart that replays what is known: it changes nothing, as does step 0.
-            lar: of the training data. What is not finite changes nothing.
+            step: of the run, in any unit, at any distance; one that is not greater than all before,
+                as in a restart, changes nothing, nor does step 0.
+            lar: of the training data; one that is not finite changes nothing.
             loss: of the training data, for `matched_loss` and `grokking`; 0 or less is none.
             baseline: what to compare with, for `deviation` and `matched_loss`.
-
-        Returns:
-            A monitor of the same structure, shapes and dtypes.
         """
-        step, lar, loss = _scalar(step), _scalar(lar), _scalar(0 if loss is None else loss)
+        step, lar, loss = map(_scalar, (step, lar, 0 if loss is None else loss))
         counts = jnp.isfinite(step) & jnp.isfinite(lar) & (step > self.step)
         lossy = jnp.isfinite(loss) & (loss > 0)
         loss = jnp.where(lossy, loss, self.recent[1])
         new = self._averaged(jnp.where(counts, step, 1), jnp.where(counts, lar, 0), loss)
-        new = replace(new, signals=new._summed(*new._levels(lossy, baseline)))
-        return jax.tree.map(lambda a, b: jnp.where(counts, a, b), new, self)
+        new = replace(new, signals=new._summed(*new._values(lossy, baseline)))
+        return jax.tree.map(partial(jnp.where, counts), new, self)
 
     def _averaged(self, step: Array, lar: Array, loss: Array) -> "Monitor":
         """All but the signals, after a point that counts."""
@@ -243,36 +202,35 @@ class Monitor(eqx.Module):
             largest_loss=jnp.maximum(self.largest_loss, loss),
         )
 
-    def _levels(self, lossy: Array, baseline: Baseline | None) -> tuple[Array, Array, Array]:
+    def _values(self, lossy: Array, baseline: Baseline | None) -> tuple[Array, Array, Array]:
         """x of the signals at this point, which of them are known, and the baseline's spread."""
-        lar, zero, no = self.recent[0], jnp.zeros((), jnp.float32), jnp.zeros((), bool)
+        (lar, _), (mean_lar, mean_loss), u = self.recent, self.mean, jnp.log2(self.step)
+        zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), bool)
         at_step = at_loss = Expected(zero, zero, no)
         if baseline is not None:
-            at_step, at_loss = baseline.at_step(self.step), baseline.at_loss(self.mean[1])
-        below = at_step.lar - lar
-        lost = self.ceiling - self.thresholds.decline * jnp.log2(self.step) - lar
+            at_step, at_loss = baseline.at_step(self.step), baseline.at_loss(mean_loss)
+        below, lost = at_step.lar - lar, self.ceiling - self.thresholds.decline * u - lar
         # A decline that the baseline shares counts not.
         lost = jnp.where(at_step.known, jnp.minimum(lost, below), lost)
-        x = [below, at_loss.lar - self.mean[0], lost, lar - self.memorised_lar]
+        x = jnp.stack([below, at_loss.lar - mean_lar, lost, lar - self.memorised_lar])
         memorised = (self.memorised_lar > 0) & (self.n is not None)
-        known = [at_step.known, at_loss.known & lossy, ~no, memorised]
-        return jnp.stack(x), jnp.stack(known), jnp.stack([at_step.spread, at_loss.spread, zero, zero])
+        known = jnp.stack([at_step.known, at_loss.known & lossy, ~no, memorised])
+        return x, known, jnp.stack([at_step.spread, at_loss.spread, zero, zero])
 
     def _summed(self, x: Array, known: Array, spread: Array) -> Signal:
         """The signals after these x; where x is not known only a pause can begin."""
         old, rule, u = self.signals, self.thresholds, jnp.log2(self.step)
         overfitting = jnp.arange(len(SIGNALS)) < OVERFITTING.stop
         aligned, first_epoch = self.peak_lar > ALIGNED, self.step < self.second_epoch
-        goes_on = known | (u - old.doublings <= LONGEST)
-        old = replace(old, heard=jnp.where(goes_on, old.heard, 0))
-        new = old.heard_at(u, x, aligned & first_epoch & overfitting)
+        old = replace(old, heard=jnp.where(known | (u - old.doublings <= LONGEST), old.heard, 0))
+        new = _heard(old, u, x, aligned & first_epoch & overfitting)
         # The means that `matched_loss` compares hide the noise that the other two show.
         noise = jnp.maximum(jnp.max(new.jitter[OVERFITTING]), jnp.maximum(spread, new.noise))
         least = jnp.maximum(rule.allowance, rule.noises * noise)
         rise = 0.5 * math.log(1 / rule.grokked) / math.log(self.n or 2)
         allowance = jnp.where(overfitting, least, rise)
-        judges = (aligned & ~first_epoch | ~overfitting) & (new.heard > 2)
-        limit = jnp.where(judges, rule.hold * least, 0)
+        in_force = (aligned & ~first_epoch | ~overfitting) & (new.heard > 2)
+        limit = jnp.where(in_force, rule.hold * least, 0)
         known_S = jnp.clip(old.known_S + (new.level - allowance) * old.width, 0, 2 * limit)
         new = replace(new, allowance=allowance, limit=limit, known_S=known_S)
         rang = old.first_alarm_step > 0
@@ -281,7 +239,29 @@ class Monitor(eqx.Module):
             first_alarm_step=jnp.where(new.alarm & ~rang, self.step, old.first_alarm_step),
             step_before=jnp.where((new.S > 0) | rang, old.step_before, self.step),
         )
-        return jax.tree.map(functools.partial(jnp.where, known), new, old)
+        return jax.tree.map(partial(jnp.where, known), new, old)
+
+
+def _heard(old: Signal, u: Array, x: Array, learns: Array) -> Signal:
+    """With one more value, and the noise that it shows; `learns`: of the first epoch."""
+    enough, width = old.heard > 1, jnp.minimum(u - old.doublings, LONGEST)
+    both, level = width + old.width, _median(x, old.recent, old.earlier)
+    part = width / jnp.maximum(both, 1e-6)
+    bend = jnp.abs(old.recent - part * old.earlier - (1 - part) * x)
+    bend = jnp.minimum(bend, 4 * old.jitter + NOISELESS)  # an outlier is forgotten soon
+    weight = jnp.clip(both, 1 / jnp.maximum(old.heard - 1, 1), 1)
+    share = jnp.where(enough & learns, 1 - jnp.exp2(-old.width), 0)
+    return replace(
+        old,
+        level=level,
+        jitter=old.jitter + jnp.where(enough, weight, 0) * (bend - old.jitter),
+        noise=jnp.sqrt((1 - share) * jnp.square(old.noise) + share * jnp.square(level)),
+        heard=old.heard + 1,
+        doublings=jnp.full_like(x, u),
+        width=width,
+        recent=x,
+        earlier=old.recent,
+    )
 
 
 def _median(a: Array, b: Array, c: Array) -> Array:
@@ -290,9 +270,6 @@ def _median(a: Array, b: Array, c: Array) -> Array:
 
 def _scalar(value: ArrayLike) -> Float[Array, ""]:
     value = jnp.asarray(value)
-    if value.ndim:
-        raise ValueError(
-            f"Monitor.update takes scalars; got shape {value.shape}. For several layers or runs "
-            "keep a stack of monitors and use jax.vmap."
-        )
+    stack = "for several layers or runs keep a stack of monitors and use jax.vmap."
+    need(value.ndim == 0, f"Monitor.update takes scalars; got shape {value.shape}: {stack}")
     return jax.lax.stop_gradient(value.astype(jnp.float32))
