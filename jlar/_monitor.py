@@ -61,11 +61,8 @@ class Signal(eqx.Module):
 
     @property
     def S(self) -> Float[Array, "*signals"]:
-        """At most twice the limit, so that an alarm ends soon after its cause.
-
-        The last value may yet prove an outlier: its interval counts with the lesser of its ends.
-        """
-        x = jnp.minimum(self.recent, self.earlier)
+        """At most twice the limit, so that an alarm ends soon after its cause."""
+        x = jnp.minimum(self.recent, self.earlier)  # the last may yet prove an outlier
         return jnp.clip(self.known_S + (x - self.allowance) * self.width, 0, 2 * self.limit)
 
     @property
@@ -75,7 +72,7 @@ class Signal(eqx.Module):
 
 
 SIGNALS = tuple(Signal.meaning)
-OVERFITTING = slice(3)  # of the signals; the last is good news
+OVERFITTING = SIGNALS[:3]  # the last is good news, and no alarm
 
 
 class Monitor(eqx.Module):
@@ -84,24 +81,15 @@ class Monitor(eqx.Module):
     On small models its alarm is no better than the same alarm on the training loss, and worse
     without a baseline (jlar_experiments/results): give it one of several seeds.
 
-    `Signal` describes the signals: three of overfitting, and `grokking`, which is good news and no
-    `alarm`. Time is counted in doublings of the step, so it does not matter how often LAR is logged.
-    The allowance is .006 or 2.5 times the noise: that of a point about its neighbours, that between
-    the runs of a baseline, or that of x in the first epoch, which cannot overfit, if `second_epoch`
-    is told; whichever is most. Small models differ by more than .006 between seeds.
+    `Signal` says what the signals are: three of overfitting, and `grokking`, which is good news and
+    no `alarm`. Time is counted in doublings of the step, so how often LAR is logged matters not.
+    The allowance is .006 or 2.5 times the noise, whichever is more: that of a point about its
+    neighbours, that between the runs of a baseline, and that of x in the first epoch, which cannot
+    overfit, if `second_epoch` is told. Small models differ by more than .006 between seeds.
 
-    **When it rings**: look at the validation loss. Without one stop, or go back to the last
-    checkpoint up to the signal's `step_before`, and go on with more data or more weight decay.
-
-    No field is ever nan or infinite. State: 64 numbers, a few microseconds of one CPU core per update.
-
-    Example:
-        >>> monitor, update = Monitor.init(n=4096), jax.jit(Monitor.update)
-        >>> for step in range(50, 10_001, 50):
-        ...     overfitting = 0.01 * max(step / 1000 - 4, 0)
-        ...     monitor = update(monitor, step, 0.68 - 0.002 * step / 1000 - overfitting)
-        >>> print(monitor.alarm, monitor.first_alarm_step, monitor["decline"].step_before)
-        True 5000.0 4600.0
+    No field is ever nan or infinite. State: 64 numbers. An update takes a few microseconds of a
+    CPU core (benchmarks/monitor.py). For an example and what to do when it rings see the READMEs of
+    the repository and of jlar_experiments/recipes.
     """
 
     signals: Signal  # stacked along the last axis; `monitor["decline"]` is one of them
@@ -149,12 +137,12 @@ class Monitor(eqx.Module):
     @property
     def alarm(self) -> Bool[Array, "*runs"]:
         """Whether a signal of overfitting rings now."""
-        return jnp.any(self.signals.alarm[..., OVERFITTING], axis=-1)
+        return jnp.any(self.signals.alarm[..., : len(OVERFITTING)], axis=-1)
 
     @property
     def first_alarm_step(self) -> Float[Array, "*runs"]:
         """When a signal of overfitting first rang; 0 if none ever did."""
-        first = self.signals.first_alarm_step[..., OVERFITTING]
+        first = self.signals.first_alarm_step[..., : len(OVERFITTING)]
         first = jnp.min(jnp.where(first > 0, first, jnp.inf), axis=-1)
         return jnp.where(jnp.isfinite(first), first, 0)
 
@@ -220,12 +208,12 @@ class Monitor(eqx.Module):
     def _summed(self, x: Array, known: Array, spread: Array) -> Signal:
         """The signals after these x; where x is not known only a pause can begin."""
         old, rule, u = self.signals, self.thresholds, jnp.log2(self.step)
-        overfitting = jnp.arange(len(SIGNALS)) < OVERFITTING.stop
+        overfitting = jnp.arange(len(SIGNALS)) < len(OVERFITTING)
         aligned, first_epoch = self.peak_lar > ALIGNED, self.step < self.second_epoch
         old = replace(old, heard=jnp.where(known | (u - old.doublings <= LONGEST), old.heard, 0))
         new = _heard(old, u, x, aligned & first_epoch & overfitting)
         # The means that `matched_loss` compares hide the noise that the other two show.
-        noise = jnp.maximum(jnp.max(new.jitter[OVERFITTING]), jnp.maximum(spread, new.noise))
+        noise = jnp.maximum(jnp.max(new.jitter[: len(OVERFITTING)]), jnp.maximum(spread, new.noise))
         least = jnp.maximum(rule.allowance, rule.noises * noise)
         rise = 0.5 * math.log(1 / rule.grokked) / math.log(self.n or 2)
         allowance = jnp.where(overfitting, least, rise)
