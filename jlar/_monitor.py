@@ -127,7 +127,8 @@ class Monitor(eqx.Module):
         zeros = partial(jnp.zeros, dtype=jnp.float32)
         state = {each.name: zeros(shapes.get(each.name, ())) for each in fields(cls)}
         state["signals"] = Signal(*(zeros(len(SIGNALS)) for _ in fields(Signal)))
-        state["second_epoch"] += 0 if second_epoch is None else second_epoch
+        second_epoch = 0 if second_epoch is None else second_epoch
+        state["second_epoch"] = jnp.asarray(second_epoch, jnp.float32)
         return cls(**state | {"n": n, "thresholds": thresholds})
 
     def __getitem__(self, name: str) -> Signal:
@@ -143,8 +144,8 @@ class Monitor(eqx.Module):
     def first_alarm_step(self) -> Float[Array, "*runs"]:
         """When a signal of overfitting first rang; 0 if none ever did."""
         first = self.signals.first_alarm_step[..., : len(OVERFITTING)]
-        first = jnp.min(jnp.where(first > 0, first, jnp.inf), axis=-1)
-        return jnp.where(jnp.isfinite(first), first, 0)
+        last = jnp.max(first, axis=-1, keepdims=True)
+        return jnp.min(jnp.where(first > 0, first, last), axis=-1)
 
     def update(
         self,

@@ -23,15 +23,12 @@ and TensorBoard event files (pip install 'jlar[logs]'); a run's folder; - for st
 input. Columns are found by their usual names; which were read, and what was left
 out, is said.
 
-An alarm is a sign of overfitting:
-  deviation     LAR is below the baseline's at the same step
-  matched_loss  LAR is below the baseline's at the same training loss
-  decline       LAR falls faster, after its peak, than 3B runs that do not overfit;
-                small models may do so without overfitting: give them a baseline
-Each is a sum, over doublings of the step, of what is beyond the noise. The noise is
-that of the log's points (default); for small models, whose seeds differ by more, give
-two baselines or more, or the step of the second epoch. The signal `grokking` (the
-effective dimension falls after memorisation; needs --n) is good news and no alarm."""
+An alarm is a sign of overfitting, and says what LAR did and since when. On small models
+it is no better than the same alarm on the training loss, and worse without a baseline,
+since LAR may decline there without overfitting. It is a sum, over doublings of the
+step, of what is beyond the noise. The noise is that of the log's points (default); for
+small models, whose seeds differ by more, give two baselines or more, or the step of the
+second epoch. Grokking, which is told too (with --n), is good news and no alarm."""
 
 EPILOG = """\
 exit code: 0 no alarm, 3 alarm, 4 cannot tell, 2 the log or an option cannot be used
@@ -144,7 +141,7 @@ def _follow(arguments: argparse.Namespace) -> dict[str, Any]:
     from .logs import Unusable
 
     baseline, seen, found, said = _baseline(arguments), None, None, None
-    while not (found and found["alarm"]):
+    while not (found and found["rang"]):
         try:
             if (now := _state(arguments.log)) == seen:
                 time.sleep(POLL)
@@ -212,7 +209,7 @@ def _judged(arguments: argparse.Namespace, log: Any, baseline: Any) -> dict[str,
 
     monitor = Monitor.init(n=arguments.n or log.n, second_epoch=arguments.second_epoch)
     monitor, points = watched(monitor, log, baseline)
-    found = verdict(monitor, log, baseline)
+    found = verdict(monitor, points, log, baseline)
     if arguments.plot is not None:
         from .monitoring.figure import draw
 

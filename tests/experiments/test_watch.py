@@ -59,32 +59,32 @@ def test_the_papers_runs(name, tmp_path, capsys):
     for more in ([], ["--baseline", baseline]):
         code = run(log, "--json", *more)
         found = json.loads(capsys.readouterr().out)
-        assert code == (3 if found["alarm"] else 0)
-        assert found["alarm"] == (name in runs.OVERFITTING), (name, more, found)
-        if found["alarm"]:
+        assert code == (3 if found["rang"] else 0)
+        assert found["rang"] == (name in runs.OVERFITTING), (name, more, found)
+        if found["rang"]:
             assert 500 < found["first_alarm_step"] <= runs.OVERFITTING[name][1], (name, more)
 
 
 def test_json_is_one_object_with_every_signal(falling, steady, capsys):
     assert run(falling, "--baseline", steady, "--json") == 3
     found = json.loads(capsys.readouterr().out)
-    assert found["alarm"] is True and found["first_alarm_step"] in STEPS
+    assert found["rang"] is True and found["first_alarm_step"] in STEPS
     assert set(found["signals"]) == {"deviation", "matched_loss", "decline", "grokking"}
     for signal in found["signals"].values():
-        assert {"level", "allowance", "S", "limit", "alarm", "step", "step_before"} <= set(signal)
+        assert {"level", "allowance", "S", "limit", "rang", "step", "step_before"} <= set(signal)
     apart = found["signals"]["deviation"]
-    assert apart["alarm"] and apart["S"] > apart["limit"] and apart["step"] in STEPS
+    assert apart["rang"] and apart["S"] > apart["limit"] and apart["step"] in STEPS
     assert apart["step_before"] in STEPS and apart["step_before"] < apart["step"]
     assert apart["until"] == 10_000 and apart["in_force_since"] < 1000
     matched = found["signals"]["matched_loss"]  # no training loss: nothing to say
-    assert matched["level"] is matched["until"] is None and not matched["alarm"]
+    assert matched["level"] is matched["until"] is None and not matched["rang"]
     assert found["says"] == "deviating" and found["points"] == 200
     assert found["verdict"] == "alarm" and found["cannot_tell_because"] == []
     assert found["noise"]["source"].startswith("default")
 
     assert run(steady, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["alarm"] is False and found["first_alarm_step"] is None
+    assert found["rang"] is False and found["first_alarm_step"] is None
     assert found["verdict"] == "no alarm"
 
 
@@ -136,7 +136,7 @@ def test_run_and_baseline_in_one_export(tmp_path, capsys):
     both = table(tmp_path / "both.csv", columns)
     names = ["--lar-column", "a - lar", "--baseline", both]
     assert run(both, *names, "--baseline-column", "b - lar", "--json") == 3
-    assert json.loads(capsys.readouterr().out)["signals"]["deviation"]["alarm"]
+    assert json.loads(capsys.readouterr().out)["signals"]["deviation"]["rang"]
     assert run(both, *names, "--baseline-column", "c") == 2
     assert "no column 'c'" in capsys.readouterr().err
 
@@ -151,7 +151,7 @@ def test_the_width_from_k_and_grokking_is_good_news(tmp_path, capsys):
     )
     assert run(log, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["width"] == 128 and found["signals"]["grokking"]["alarm"] and not found["alarm"]
+    assert found["width"] == 128 and found["signals"]["grokking"]["rang"] and not found["rang"]
     assert run(log) == 0
     assert "Good news since step" in capsys.readouterr().out
 
