@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -123,9 +123,8 @@ class Monitor(eqx.Module):
         """
         if n is not None:
             check_width(n, "the argument n")
-        shapes = {"signals": len(SIGNALS), "recent": 2, "earlier": 2, "mean": 2}
-        zeros = partial(jnp.zeros, dtype=jnp.float32)
-        state = {each.name: zeros(shapes.get(each.name, ())) for each in fields(cls)}
+        zeros, pairs = partial(jnp.zeros, dtype=jnp.float32), {"recent": 2, "earlier": 2, "mean": 2}
+        state: dict[str, Any] = {each.name: zeros(pairs.get(each.name, ())) for each in fields(cls)}
         state["signals"] = Signal(*(zeros(len(SIGNALS)) for _ in fields(Signal)))
         second_epoch = 0 if second_epoch is None else second_epoch
         state["second_epoch"] = jnp.asarray(second_epoch, jnp.float32)

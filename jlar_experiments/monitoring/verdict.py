@@ -24,7 +24,7 @@ STILL = 0.005  # LAR per doubling of steps, that counts as settled
 RECENT = 0.5  # doublings that the slope is over
 
 Points = dict[str, Float[np.ndarray, "rows 4"]]
-Columns = tuple[Float[Array, "rows"], Float[Array, "rows"], Float[Array, "rows"]]
+Columns = tuple[Float[Array, "rows"], ...]
 
 
 @eqx.filter_jit
@@ -36,7 +36,7 @@ def scanned(
     Rows with a nan change nothing; signals are nan where not in force.
     """
 
-    def update(monitor: Monitor, row: tuple[Array, Array, Array]) -> tuple[Monitor, Any]:
+    def update(monitor: Monitor, row: tuple[Array, ...]) -> tuple[Monitor, Any]:
         step, lar, loss = row
         monitor = monitor.update(step, lar, loss=loss, baseline=baseline)
         signals = monitor.signals

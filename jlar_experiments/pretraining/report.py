@@ -155,8 +155,9 @@ def monitored(run: Run) -> str:
     """
     if run.alarms:
         return f"rang at step {run.alarm}"
-    columns = [run.curve(name) for name in ("step", "lar", "train_loss")]
-    log = Log(*(each[np.isfinite(run.lar)] for each in columns))
+    there = np.isfinite(run.lar)
+    step, loss = run.curve("step")[there], run.curve("train_loss")[there]
+    log = Log(step, run.lar[there], loss)
     if not len(log.step):
         return "cannot tell: LAR was never a number"
     start = Monitor.init(n=run.config.width, second_epoch=run.config.sequences / run.config.batch)
