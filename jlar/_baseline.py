@@ -66,7 +66,8 @@ class Baseline(eqx.Module):
         if len(losses) > 1:
             place = np.linspace(0, len(losses) - 1, KNOTS)
             curves[:, 1] = _curve(by_loss, np.interp(place, np.arange(len(losses)), losses))
-        return cls(*jnp.asarray(curves, jnp.float32), len(runs))
+        knots, mean, spread = jnp.asarray(curves, jnp.float32)
+        return cls(knots, mean, spread, len(runs))
 
     def at_step(self, step: Float[ArrayLike, "*at"] | Int[ArrayLike, "*at"]) -> Expected:
         """LAR at a step, which is positive."""
@@ -105,8 +106,9 @@ def _pooled(steps: Points, lar: Points, loss: Points | None) -> np.ndarray:
     end = last + (u[-1] - last[0]) / (last[0] - before[0]) * (last - before)
     means = np.column_stack([means, end])
     start = np.flatnonzero(np.append(True, np.diff(means[0]) > GAP))[-1]
-    u, lar, loss = means[:, min(start, means.shape[1] - 2) :]
-    return np.stack([u, np.minimum(lar, np.interp(u - BEHIND, u, lar)), loss])
+    means = means[:, min(start, means.shape[1] - 2) :]
+    means[1] = np.minimum(means[1], np.interp(means[0] - BEHIND, *means[:2]))
+    return means
 
 
 def _median_of_five(values: np.ndarray) -> np.ndarray:
