@@ -13,7 +13,7 @@ from ._checks import need
 KNOTS = 256
 POOLED = 1 / 16  # doublings of steps: points closer than this are averaged
 GAP = 1 / 4  # doublings: nothing is known of what is before the last gap longer than this
-BEHIND = 0.2  # doublings that a run may be later than the baseline
+BEHIND = 0.2  # doublings that a healthy run may be later than the baseline while LAR rises
 
 Points = Float[np.ndarray, "points"] | Int[np.ndarray, "points"]
 
@@ -21,61 +21,30 @@ Points = Float[np.ndarray, "points"] | Int[np.ndarray, "points"]
 class Expected(NamedTuple):
     """What a baseline has at one step or loss."""
 
-    lar: Float[Array, "*at"]
-    """Mean of its runs, each at the lesser of its LAR here and a fifth of a doubling of steps
-    before, since a healthy run may be so much later while LAR rises."""
-    spread: Float[Array, "*at"]
-    """Standard deviation of one more run about that mean; 0 for a baseline of one run."""
-    known: Bool[Array, "*at"]
-    """Whether the runs have been there; if not, the other two are those of the nearest end."""
-
-
-class Curve(eqx.Module):
-    """Mean and spread over increasing knots, linear between them."""
-
-    knots: Float[Array, "knots"]
-    mean: Float[Array, "knots"]
-    spread: Float[Array, "knots"]
-
-    def __call__(self, at: Float[Array, "*at"]) -> Expected:
-        """Mean and spread there, by comparing with all knots: no loop in a training step."""
-        right = jnp.searchsorted(self.knots, at, method="compare_all")
-        right = jnp.clip(right, 1, self.knots.size - 1)
-        low, high = self.knots[right - 1], self.knots[right]
-        part = jnp.clip((at - low) / (high - low), 0, 1)
-        lar, spread = (
-            a[right - 1] * (1 - part) + a[right] * part for a in (self.mean, self.spread)
-        )
-        slack = jnp.float32(1e-5)  # of the rounding of log2
-        known = (at >= self.knots[0] - slack) & (at <= self.knots[-1] + slack)
-        return Expected(lar, spread, known)
+    lar: Float[Array, "*at"]  # mean of its runs
+    spread: Float[Array, "*at"]  # standard deviation of one more run about it; 0 for one run
+    known: Bool[Array, "*at"]  # whether all runs have been there; if not, it is the nearest end
 
 
 class Baseline(eqx.Module):
     """Runs to compare with that do not overfit, as small arrays that can be used inside jit.
 
-    Points closer than a sixteenth of a doubling of steps are averaged, after a running median of
-    five. As a function of the loss a run counts where its loss is lower than ever before. Of
-    several runs the mean is taken, and their spread, which is how far a run may be away without
-    overfitting; a single run says nothing about that.
+    LAR is averaged over sixteenths of a doubling of steps, after a running median of five, and is
+    at most what it was a fifth of a doubling before, since a healthy run may be so much later. As a
+    function of the loss a run counts where its loss is lower than ever before.
 
     Example:
-        >>> import numpy as np
-        >>> from jlar.monitor import Baseline
         >>> steps = np.arange(10, 1000, 10)
         >>> runs = [(steps, lar - steps / 10_000, 5 - steps / 1000) for lar in (0.69, 0.71)]
         >>> baseline = Baseline.from_runs(runs)
         >>> lar, spread, known = baseline.at_step(500)
         >>> print(f"{lar:.3f} {spread:.3f} {known}; {baseline.at_loss(4.5).lar:.3f}")
         0.650 0.017 True; 0.650
-        >>> print(baseline.at_step(2000).known, baseline.at_loss(1.0).known)
-        False False
     """
 
-    by_step: Curve
-    """Over log2 of the step."""
-    by_loss: Curve | None
-    """Over the training loss; None if a run has none."""
+    knots: Float[Array, "2 knots"]  # log2 of the step, and training loss, which is negative if none
+    mean: Float[Array, "2 knots"]
+    spread: Float[Array, "2 knots"]
     runs: int = eqx.field(static=True)
 
     @classmethod
@@ -88,75 +57,85 @@ class Baseline(eqx.Module):
             ValueError: a run has LAR at fewer than two steps, or the runs have no steps in common.
         """
         pooled = [_pooled(*run) for run in runs]
-        first, last = max(u[0] for u, _, _ in pooled), min(u[-1] for u, _, _ in pooled)
-        need(bool(first < last), "the runs of a baseline have no steps in common")
-        by_step = _curve([(u, lar) for u, lar, _ in pooled], np.linspace(first, last, KNOTS))
-        by_loss, curves = None, [_by_loss(lar, loss) for _, lar, loss in pooled]
-        if all(len(loss) for loss, _ in curves):
-            first, last = max(loss[0] for loss, _ in curves), min(loss[-1] for loss, _ in curves)
-            knots = np.unique(np.concatenate([loss for loss, _ in curves]))
-            knots = knots[(knots >= first) & (knots <= last)]
-            if len(knots) > 1:
-                use = np.linspace(0, len(knots) - 1, KNOTS)  # so that every baseline has one shape
-                by_loss = _curve(curves, np.interp(use, np.arange(len(knots)), knots))
-        return cls(by_step, by_loss, len(pooled))
+        by_step, by_loss = [run[:2] for run in pooled], [_by_loss(*run[1:]) for run in pooled]
+        steps, losses = _shared(by_step), _shared(by_loss)
+        need(len(steps) > 1, "the runs of a baseline have no steps in common")
+        curves = np.zeros((3, 2, KNOTS))
+        curves[:, 0] = _curve(by_step, np.linspace(steps[0], steps[-1], KNOTS))
+        curves[0, 1] = np.linspace(-2, -1, KNOTS)
+        if len(losses) > 1:
+            place = np.linspace(0, len(losses) - 1, KNOTS)
+            curves[:, 1] = _curve(by_loss, np.interp(place, np.arange(len(losses)), losses))
+        knots, mean, spread = jnp.asarray(curves, jnp.float32)
+        return cls(knots, mean, spread, len(runs))
 
     def at_step(self, step: Float[ArrayLike, "*at"] | Int[ArrayLike, "*at"]) -> Expected:
         """LAR at a step, which is positive."""
-        return self.by_step(jnp.log2(jnp.asarray(step).astype(jnp.float32)))
+        return self._at(0, jnp.log2(jnp.asarray(step).astype(jnp.float32)))
 
     def at_loss(self, loss: Float[ArrayLike, "*at"]) -> Expected:
         """LAR when the training loss was this; not known below the least that it ever was."""
-        loss = jnp.asarray(loss).astype(jnp.float32)
-        if self.by_loss is not None:
-            return self.by_loss(loss)
-        zero = jnp.zeros_like(loss)
-        return Expected(zero, zero, jnp.zeros(loss.shape, bool))
+        return self._at(1, jnp.asarray(loss).astype(jnp.float32))
+
+    def _at(self, row: int, at: Float[Array, "*at"]) -> Expected:
+        """Linear between the knots, by comparing with all of them: no loop in a training step."""
+        knots, slack = self.knots[row], 1e-5  # of the rounding of log2
+        right = jnp.clip(jnp.searchsorted(knots, at, method="compare_all"), 1, KNOTS - 1)
+        part = jnp.clip((at - knots[right - 1]) / (knots[right] - knots[right - 1]), 0, 1)
+        lar, spread = (
+            y[row, right - 1] * (1 - part) + y[row, right] * part for y in (self.mean, self.spread)
+        )
+        return Expected(lar, spread, (at >= knots[0] - slack) & (at <= knots[-1] + slack))
 
 
-def _pooled(
-    steps: Points, lar: Points, loss: Points | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _pooled(steps: Points, lar: Points, loss: Points | None) -> np.ndarray:
     """log2(step), LAR and loss, averaged over each sixteenth of a doubling."""
-    steps, lar = np.asarray(steps, np.float64), np.asarray(lar, np.float64)
-    loss = np.full(len(steps), np.nan) if loss is None else np.asarray(loss, np.float64)
-    order = np.argsort(steps, kind="stable")
-    order = order[(steps > 0)[order] & np.isfinite(steps + lar)[order]]
-    count = len(np.unique(steps[order]))
+    log = np.array([steps, lar, np.full(len(steps), np.nan) if loss is None else loss], float)
+    log = log[:, (log[0] > 0) & np.isfinite(log[0] + log[1])]
+    log = log[:, np.argsort(log[0], kind="stable")]
+    count = len(np.unique(log[0]))
     message = f"a baseline needs LAR at two or more different steps above 0; got {count}"
     need(count > 1, f"{message} in {len(steps)} points (the steps come first, then the LARs)")
-    u = np.log2(steps[order])
-    bins = np.unique(np.floor((u - u[0]) / POOLED), return_inverse=True)[1]
-    if bins[-1] == 0:
-        bins = np.unique(u, return_inverse=True)[1]
-    columns = [u, _median_of_five(lar[order]), _median_of_five(loss[order])]
-    means = np.stack([np.bincount(bins, each) / np.bincount(bins) for each in columns])
+    u = np.log2(log[0])
+    columns = np.stack([u, *map(_median_of_five, log[1:])])
+    bins = np.floor((u - u[0]) / POOLED) if u[-1] - u[0] >= POOLED else u
+    parts = np.split(columns, 1 + np.flatnonzero(np.diff(bins)), axis=1)
+    means = np.stack([part.mean(axis=1) for part in parts], axis=1)
     # On to the last step, along the line through the last two means.
     before, last = means[:, -2], means[:, -1]
     end = last + (u[-1] - last[0]) / (last[0] - before[0]) * (last - before)
     means = np.column_stack([means, end])
     start = np.flatnonzero(np.append(True, np.diff(means[0]) > GAP))[-1]
     means = means[:, min(start, means.shape[1] - 2) :]
-    u, lar = means[:2]
-    return u, np.minimum(lar, np.interp(u - BEHIND, u, lar)), means[2]
+    means[1] = np.minimum(means[1], np.interp(means[0] - BEHIND, *means[:2]))
+    return means
 
 
 def _median_of_five(values: np.ndarray) -> np.ndarray:
-    return np.median(np.lib.stride_tricks.sliding_window_view(np.pad(values, 2, "edge"), 5), axis=1)
+    padded = np.pad(values, 2, "edge")
+    return np.median([padded[i : len(values) + i] for i in range(5)], axis=0)
 
 
-def _by_loss(lar: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _by_loss(lar: np.ndarray, loss: np.ndarray) -> np.ndarray:
     loss = np.where(np.isfinite(loss), loss, np.inf)
-    lowest = np.append(np.inf, np.minimum.accumulate(loss)[:-1])
-    lower = loss < lowest
-    return loss[lower][::-1], lar[lower][::-1]
+    lower = loss < np.append(np.inf, np.minimum.accumulate(loss)[:-1])
+    return np.stack([loss, lar])[:, lower][:, ::-1]
 
 
-def _curve(runs: list[tuple[np.ndarray, np.ndarray]], knots: np.ndarray) -> Curve:
-    lars, spread = np.stack([np.interp(knots, *run) for run in runs]), np.zeros(len(knots))
-    if (n := len(runs)) > 1:
+def _shared(curves: list[np.ndarray]) -> np.ndarray:
+    """The places of any of the curves that are within all."""
+    first = max(at.min(initial=np.inf) for at, _ in curves)
+    last = min(at.max(initial=-np.inf) for at, _ in curves)
+    places = np.unique(np.concatenate([at for at, _ in curves]))
+    return places[(places >= first) & (places <= last)]
+
+
+def _curve(curves: list[np.ndarray], knots: np.ndarray) -> np.ndarray:
+    """The knots, and there the mean of the curves and their spread."""
+    lars, spread = np.stack([np.interp(knots, *each) for each in curves]), np.zeros(KNOTS)
+    if (n := len(curves)) > 1:
         # Few runs tell their variance badly: it is averaged over a quarter of the knots.
         variance = np.pad(lars.var(axis=0, ddof=1), KNOTS // 8, "edge")
-        windows = np.lib.stride_tricks.sliding_window_view(variance, 2 * (KNOTS // 8) + 1)
-        spread = np.sqrt(windows.mean(axis=1) * (1 + 1 / n))
-    return Curve(*(jnp.asarray(each, jnp.float32) for each in (knots, lars.mean(axis=0), spread)))
+        variance = np.convolve(variance, np.full(KNOTS // 4 + 1, 4 / (KNOTS + 4)), "valid")
+        spread = np.sqrt(variance * (1 + 1 / n))
+    return np.stack([knots, lars.mean(axis=0), spread])

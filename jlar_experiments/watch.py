@@ -23,15 +23,12 @@ and TensorBoard event files (pip install 'jlar[logs]'); a run's folder; - for st
 input. Columns are found by their usual names; which were read, and what was left
 out, is said.
 
-An alarm is a sign of overfitting:
-  deviation     LAR is below the baseline's at the same step
-  matched_loss  LAR is below the baseline's at the same training loss
-  decline       LAR falls faster, after its peak, than 3B runs that do not overfit;
-                small models may do so without overfitting: give them a baseline
-Each is a sum, over doublings of the step, of what is beyond the noise. The noise is
-that of the log's points (default); for small models, whose seeds differ by more, give
-two baselines or more, or the step of the second epoch. The signal `grokking` (the
-effective dimension falls after memorisation; needs --n) is good news and no alarm."""
+An alarm is a sign of overfitting, and says what LAR did and since when. On small models
+it is no better than the same alarm on the training loss, and worse without a baseline,
+since LAR may decline there without overfitting. It is a sum, over doublings of the
+step, of what is beyond the noise. The noise is that of the log's points (default); for
+small models, whose seeds differ by more, give two baselines or more, or the step of the
+second epoch. Grokking, which is told too (with --n), is good news and no alarm."""
 
 EPILOG = """\
 exit code: 0 no alarm, 3 alarm, 4 cannot tell, 2 the log or an option cannot be used
@@ -144,7 +141,7 @@ def _follow(arguments: argparse.Namespace) -> dict[str, Any]:
     from .logs import Unusable
 
     baseline, seen, found, said = _baseline(arguments), None, None, None
-    while not (found and found["alarm"]):
+    while not (found and found["rang"]):
         try:
             if (now := _state(arguments.log)) == seen:
                 time.sleep(POLL)
@@ -199,7 +196,11 @@ def _baseline(arguments: argparse.Namespace) -> Any:
     from . import logs
 
     options, optional = _columns(arguments), {"step", "lar", "loss", "only", "pattern"}
-    if arguments.baseline_column is not None:
+    if arguments.baseline_column is None:
+        for path in arguments.baseline:
+            if path.exists() and arguments.log.exists() and path.samefile(arguments.log):
+                raise logs.Unusable(f"--baseline {path} is the log itself: name another run's")
+    else:
         options["lar"] = arguments.baseline_column
         optional.remove("lar")
     return logs.baseline(arguments.baseline, optional=optional, **options)
@@ -212,7 +213,7 @@ def _judged(arguments: argparse.Namespace, log: Any, baseline: Any) -> dict[str,
 
     monitor = Monitor.init(n=arguments.n or log.n, second_epoch=arguments.second_epoch)
     monitor, points = watched(monitor, log, baseline)
-    found = verdict(monitor, log, baseline)
+    found = verdict(monitor, points, log, baseline)
     if arguments.plot is not None:
         from .monitoring.figure import draw
 
@@ -227,4 +228,7 @@ def _say(arguments: argparse.Namespace, found: dict[str, Any]) -> None:
         print(json.dumps(found))
     else:
         print(printable(paragraph(found)))
-        print(printable(f"{found['log']} was {'; '.join(found['notes'])}."))
+        notes = [*found["notes"]]
+        if arguments.baseline:
+            notes.append(f"compared with {', '.join(map(str, arguments.baseline))}")
+        print(printable(f"{found['log']} was {'; '.join(notes)}."))

@@ -75,7 +75,8 @@ def _best(names: Iterable[str], rank: Callable[[str], tuple[int, ...]], option: 
     least = min(map(rank, names), default=())
     best = [name for name in names if rank(name) == least]
     if len(best) > 1:
-        raise Unusable(f"has several columns for {option}: {listed(best)}: name one by {option}")
+        one = "that of the unembedding" if option == "--lar-column" else "one"
+        raise Unusable(f"has several columns for {option}: {listed(best)}: name {one} by {option}")
     return best[0] if best else None
 
 

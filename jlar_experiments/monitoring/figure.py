@@ -7,10 +7,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from jlar._monitor import OVERFITTING
 from jlar.monitor import Baseline
 
 from ..logs import Log
-from .verdict import OVERFITTING, Points
+from .verdict import Points
 
 LAR, BASELINE, ALARM = "#1f4e9c", "#888888", "#c0392b"
 COLOURS = dict(zip(OVERFITTING, ("#d1762a", "#8a4fa3", "#2c8a57"), strict=True))

@@ -28,7 +28,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from jlar.monitor import Baseline, Monitor, Thresholds
 
@@ -233,21 +233,9 @@ def judgement(folders: list[Path]) -> dict[str, Any]:
     return result
 
 
-@eqx.filter_jit
-def _first(
-    steps: Float[Array, "logs points"], lar: Float[Array, "logs points"], baseline: Baseline | None
-) -> Float[Array, "logs"]:
-    def one(steps: Array, lar: Array, baseline: Baseline | None) -> Array:
-        def update(monitor: Monitor, at: tuple[Array, Array]) -> tuple[Monitor, None]:
-            return monitor.update(*at, baseline=baseline), None
-
-        return jax.lax.scan(update, Monitor.init(), (steps, lar))[0].first_alarm_step
-
-    return jax.vmap(one)(steps, lar, baseline)
-
-
 def curves(count: int, seed: int = 2000) -> dict[str, Any]:
     """By run of the paper: how many of its logs ring, and by when; one log of 100B as baseline."""
+    each_scanned = eqx.filter_vmap(verdict.scanned, in_axes=(None, eqx.if_array(0), 0))
     result: dict[str, Any] = {"logs of each run and noise": count}
     for optimiser, side in itertools.product(("adam", "muon"), ("with baseline", "without")):
         firsts = collections.defaultdict(list)
@@ -261,8 +249,9 @@ def curves(count: int, seed: int = 2000) -> dict[str, Any]:
             for size in ("100B", "1.6B", "800M", "400M", "200M"):
                 name = f"{optimiser}_{size}"
                 steps, lar = runs.logs(name, count, **kind)
-                first = _first(jnp.asarray(steps), jnp.asarray(lar), baseline)
-                firsts[name].append(np.asarray(first))
+                log = (jnp.asarray(each) for each in (steps, lar, np.full(lar.shape, np.nan)))
+                monitors, _ = each_scanned(Monitor.init(), baseline, tuple(log))
+                firsts[name].append(np.asarray(monitors.first_alarm_step))
         for name, by_noise in firsts.items():
             first = np.concatenate(by_noise)
             rang, row = first > 0, {}

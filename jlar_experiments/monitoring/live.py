@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jlar.monitor import Baseline, Monitor
+from jlar._monitor import OVERFITTING, SIGNALS
+from jlar.monitor import Baseline, Monitor, Signal
 
 from ..progress import say
-from .verdict import MEANING, OVERFITTING, SIGNALS
 
 
 @jax.jit
@@ -50,4 +50,5 @@ class Bell:
             if name not in self._said:
                 self._said.add(name)
                 kind = "ALARM" if name in OVERFITTING else "good news"
-                say(f"{where}: {kind} ({name}): {MEANING[name]}; it built up from step {before}")
+                what = Signal.meaning[name]
+                say(f"{where}: {kind} ({name}): {what}; it built up from step {before}")

@@ -7,20 +7,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from jlar._monitor import ALIGNED, SIGNALS
-from jlar.monitor import Baseline, Monitor
+from jlar._monitor import ALIGNED, OVERFITTING, SIGNALS
+from jlar.monitor import Baseline, Monitor, Signal
 
 from ..logs import Log
 
-OVERFITTING = SIGNALS[:3]
-MEANING = {
-    "deviation": "LAR is below the baseline's at the same step",
-    "matched_loss": "LAR is below the baseline's at the same training loss",
-    "decline": "LAR has lost more since its peak than runs lose that do not overfit",
-    "grokking": "the effective dimension is at two fifths of what it was at memorisation",
-}
 ADVICE = (
     "Look at the validation loss; without one, stop, or go back to the last checkpoint at or "
     "before step {step}, from where the alarm built up, and take more data or more weight decay."
@@ -31,56 +24,61 @@ STILL = 0.005  # LAR per doubling of steps, that counts as settled
 RECENT = 0.5  # doublings that the slope is over
 
 Points = dict[str, Float[np.ndarray, "rows 4"]]
+Columns = tuple[Float[Array, "rows"], ...]
 
 
 @eqx.filter_jit
-def _watched(
-    monitor: Monitor,
-    baseline: Baseline | None,
-    columns: tuple[Float[Array, "chunk"], ...],
-    real: Bool[Array, "chunk"],
-) -> tuple[Monitor, dict[str, Float[Array, "chunk 4"]]]:
-    def update(monitor: Monitor, at: tuple[Array, ...]) -> tuple[Monitor, Any]:
-        step, lar, loss, real = at
-        updated = monitor.update(step, lar, loss=loss, baseline=baseline)
-        monitor = jax.tree.map(lambda a, b: jnp.where(real, a, b), updated, monitor)
-        signals = monitor.signals
-        traced = {name: getattr(signals, name) for name in ("level", "allowance", "S", "limit")}
-        silent = signals.since == 0
-        return monitor, {name: jnp.where(silent, jnp.nan, a) for name, a in traced.items()}
+def scanned(
+    monitor: Monitor, baseline: Baseline | None, log: Columns
+) -> tuple[Monitor, dict[str, Float[Array, "rows 4"]]]:
+    """The monitor after the rows of (steps, LARs, losses), and its signals after each.
 
-    return jax.lax.scan(update, monitor, (*columns, real))
+    Rows with a nan change nothing; signals are nan where not in force.
+    """
+
+    def update(monitor: Monitor, row: tuple[Array, ...]) -> tuple[Monitor, Any]:
+        step, lar, loss = row
+        monitor = monitor.update(step, lar, loss=loss, baseline=baseline)
+        signals = monitor.signals
+        in_force = (signals.limit > 0) & (signals.heard > 0)
+        traced = {name: getattr(signals, name) for name in ("level", "allowance", "S", "limit")}
+        return monitor, {name: jnp.where(in_force, a, jnp.nan) for name, a in traced.items()}
+
+    return jax.lax.scan(update, monitor, log)
 
 
 def watched(monitor: Monitor, log: Log, baseline: Baseline | None) -> tuple[Monitor, Points]:
-    """The monitor after the rows of a log, and its signals after each; nan where not in force."""
-    columns = [np.asarray(each, np.float32) for each in (log.step, log.lar, log.loss)]
+    """The same of a whole log, in pieces of one length, which compile once."""
+    columns = np.array([log.step, log.lar, log.loss], np.float32)
     pieces: list[dict[str, np.ndarray]] = []
     for start in range(0, len(log.step), CHUNK):
-        piece = [each[start : start + CHUNK] for each in columns]
-        size = len(piece[0])
-        padded = tuple(jnp.asarray(np.pad(each, (0, CHUNK - size))) for each in piece)
-        monitor, traced = _watched(monitor, baseline, padded, jnp.arange(CHUNK) < size)
-        pieces.append({name: np.asarray(each)[:size] for name, each in traced.items()})
+        piece = columns[:, start : start + CHUNK]
+        padding = (0, 0), (0, CHUNK - piece.shape[1])
+        padded = np.pad(piece, padding, constant_values=np.nan)
+        monitor, traced = scanned(monitor, baseline, tuple(map(jnp.asarray, padded)))
+        pieces.append({name: np.asarray(a)[: piece.shape[1]] for name, a in traced.items()})
     return monitor, {name: np.concatenate([a[name] for a in pieces]) for name in pieces[0]}
 
 
-def verdict(monitor: Monitor, log: Log, baseline: Baseline | None) -> dict[str, Any]:
-    """What the monitor says of a log, as the object that `jlar watch --json` prints."""
-    signals = {name: _signal(monitor, name, log) for name in SIGNALS}
-    rang = [signals[name] for name in OVERFITTING if signals[name]["alarm"]]
+def verdict(
+    monitor: Monitor, points: Points, log: Log, baseline: Baseline | None
+) -> dict[str, Any]:
+    """What the monitor has `watched` in a log, as the object that `jlar watch --json` prints."""
+    signals = {name: _signal(monitor, points, name, log) for name in SIGNALS}
+    rang = [signals[name] for name in OVERFITTING if signals[name]["rang"]]
     first = min(rang, key=lambda each: each["step"], default={"step": None, "step_before": None})
-    why = [] if rang else _unknown(monitor, log, baseline)
+    why = [] if rang else _unknown(monitor, signals, log, baseline)
     slope = _slope(log)
     return {
         "verdict": "alarm" if rang else "cannot tell" if why else "no alarm",
         "cannot_tell_because": why,
-        "alarm": bool(rang),
+        "rang": bool(rang),
         "first_alarm_step": first["step"],
         "step_before": first["step_before"],
         "says": _status(signals, slope, len(log.step)),
         "signals": signals,
         "noise": _noise(monitor, baseline),
+        "baselines": 0 if baseline is None else baseline.runs,
         "step": _whole(float(log.step[-1])),
         "lar": float(log.lar[-1]),
         "peak_lar": _plain(monitor.peak_lar),
@@ -90,22 +88,26 @@ def verdict(monitor: Monitor, log: Log, baseline: Baseline | None) -> dict[str, 
     }
 
 
-def _signal(monitor: Monitor, name: str, log: Log) -> dict[str, Any]:
+def _signal(monitor: Monitor, points: Points, name: str, log: Log) -> dict[str, Any]:
     signal = monitor[name]
-    heard = bool(signal.limit > 0)
+    heard, rang = bool(signal.doublings > 0), bool(signal.first_alarm_step > 0)
+    silent = np.flatnonzero(np.isnan(points["level"][:, SIGNALS.index(name)]))
+    since = log.step[silent[-1] + 1 if len(silent) else 0 :]
     numbers = {key: getattr(signal, key) for key in ("level", "allowance", "S", "limit")}
     return {
         **{key: _plain(value) if heard else None for key, value in numbers.items()},
-        "alarm": bool(signal.first_alarm_step > 0),
+        "rang": rang,
         "step": _step(signal.first_alarm_step, log),
-        "step_before": _step(signal.step_before, log),
+        "step_before": _step(signal.step_before, log) if rang else None,
         "rings_now": bool(signal.alarm),
-        "in_force_since": _step(signal.since, log),
-        "until": _step(jnp.exp2(signal.doublings), log) if signal.doublings > 0 else None,
+        "in_force_since": _whole(float(since[0])) if len(since) else None,
+        "until": _step(jnp.exp2(signal.doublings), log) if heard else None,
     }
 
 
-def _unknown(monitor: Monitor, log: Log, baseline: Baseline | None) -> list[str]:
+def _unknown(
+    monitor: Monitor, signals: dict[str, Any], log: Log, baseline: Baseline | None
+) -> list[str]:
     """Why the absence of an alarm says nothing; empty if it says something."""
     second, last = float(monitor.second_epoch), float(monitor.step)
     if len(log.step) < ENOUGH:
@@ -120,20 +122,19 @@ def _unknown(monitor: Monitor, log: Log, baseline: Baseline | None) -> list[str]
     asked = {"decline": "LAR had not risen before step"} if baseline is None else {}
     if baseline is not None:
         asked["deviation"] = "the comparison with the baseline at the same step"
-        if baseline.by_loss is not None and np.isfinite(log.loss).any():
+        if baseline.knots[1, -1] > 0 and np.isfinite(log.loss).any():
             asked["matched_loss"] = "the comparison with the baseline at the same training loss"
     why = []
     for name, what in asked.items():
-        signal = monitor[name]
-        since, until = float(signal.since), _step(jnp.exp2(signal.doublings), log)
-        if signal.doublings == 0:
+        since, until = signals[name]["in_force_since"], signals[name]["until"]
+        if until is None:
             why.append(f"{what} was never possible")
-        elif since == 0:
+        elif since is None:
             left = "its losses" if name == "matched_loss" else "its steps"
             why.append(f"{what} ended at step {until} because the run left {left}")
         elif since > half:
             began = "" if baseline is None else " began at step"
-            why.append(f"{what}{began} {_step(signal.since, log)}")
+            why.append(f"{what}{began} {since}")
     learnt = monitor["decline" if baseline is None else "deviation"].noise > 0
     if second > 0 and not learnt and (baseline is None or baseline.runs == 1):
         why.append(f"the first epoch, until step {_whole(second)}, has nothing to learn the noise "
@@ -144,11 +145,12 @@ def _unknown(monitor: Monitor, log: Log, baseline: Baseline | None) -> list[str]
 def _noise(monitor: Monitor, baseline: Baseline | None) -> dict[str, Any]:
     """How large the noise is that the allowance rests on, and where it was learnt."""
     name = "decline" if baseline is None else "deviation"
-    signal, source = monitor[name], "default: that of a point about its neighbours"
+    signal, source = monitor[name], "the default, or 2.5 times that of a point about its neighbours"
     if signal.noise > 0:
-        source = f"{name} in the first epoch, until step {_whole(float(monitor.second_epoch))}"
+        end = _whole(float(monitor.second_epoch))
+        source = f"2.5 times what the first epoch shows, until step {end}"
     elif baseline is not None and baseline.runs > 1:
-        source = f"spread of {baseline.runs} baselines"
+        source = f"2.5 times the spread of {baseline.runs} baselines"
     return {"allowance": _plain(signal.allowance), "source": source}
 
 
@@ -177,17 +179,19 @@ def _trend(slope: float) -> str:
 def paragraph(found: dict[str, Any]) -> str:
     """What LAR says, in words."""
     sentences, signals = [_opening(found)], found["signals"]
-    sentences += [_alarm(name, signals[name]) for name in OVERFITTING if signals[name]["alarm"]]
+    sentences += [_alarm(name, signals[name]) for name in OVERFITTING if signals[name]["rang"]]
     if found["verdict"] == "alarm":
         sentences.append(ADVICE.format(step=found["step_before"]))
     elif found["verdict"] == "no alarm":
         sentences.append("No alarm: nothing here looks like overfitting.")
+        if not found["baselines"]:
+            sentences.append("Of a small model that says little without a baseline.")
     else:
         sentences.append(f"Cannot tell: {'; '.join(found['cannot_tell_because'])}.")
     if found["noise"]["allowance"]:
         noise = found["noise"]
-        sentences.append(f"Counted beyond {noise['allowance']:.4f} (noise: {noise['source']}).")
-    if signals["grokking"]["alarm"]:
+        sentences.append(f"Up to {noise['allowance']:.4f} is taken for noise ({noise['source']}).")
+    if signals["grokking"]["rang"]:
         left = found["width"] ** (-2 * signals["grokking"]["level"])
         sentences.append(
             f"Good news since step {signals['grokking']['step']}: the effective dimension is at "
@@ -208,7 +212,7 @@ def _opening(found: dict[str, Any]) -> str:
 def _alarm(name: str, signal: dict[str, Any]) -> str:
     far = f"by {signal['level']:.4f} now, of which {signal['allowance']:.4f} are allowed"
     over = "" if signal["rings_now"] else "; it has ended since"
-    return f"ALARM ({name}) since step {signal['step']}: {MEANING[name]} ({far}){over}."
+    return f"ALARM ({name}) since step {signal['step']}: {Signal.meaning[name]} ({far}){over}."
 
 
 def _step(value: Array, log: Log) -> float | None:

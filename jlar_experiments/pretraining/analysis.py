@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from jlar._monitor import OVERFITTING
+
 from .. import folder as folders
 from .. import records
 from ..errors import Refusal
-from ..monitoring.verdict import OVERFITTING
 from ..records import Row
 from ..report import names
 from .config import PretrainConfig

@@ -5,9 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
+from jlar.monitor import Monitor
+
 from .. import page
 from ..ending import RULE, median, moved, number, share, spike
 from ..errors import Refusal
+from ..logs import Log
+from ..monitoring.verdict import verdict as heard
+from ..monitoring.verdict import watched
 from .analysis import (
     Pair,
     Run,
@@ -28,7 +33,9 @@ LAR = (
     "says how far the data lies where the matrix is strong: near 1/2 at initialisation, more as "
     "structure is learnt, and less again, against a run whose data does not repeat, where it "
     "overfits. It needs no validation data. A run overfits where the mean of five validation "
-    "losses ends 2% above the lowest such mean, from the step of its lowest validation loss."
+    "losses ends 2% above the lowest such mean, from the step of its lowest validation loss. The "
+    "monitor, which hears LAR alone, is on small models no better an alarm than the same on the "
+    "training loss, and worse without a baseline."
 )
 NOTE = (
     "D is LAR of the baseline (most data, same optimiser and seed where it was run) less LAR of "
@@ -104,6 +111,8 @@ def verdict(runs: Sequence[Run]) -> str:
     if any(run.alarm != "not watched" for run in runs):
         right = sum(run.overfits for run in rang)
         words += f"; the monitor rang in {right} of these and in {len(rang) - right} others"
+        if unknown := sum(monitored(run).startswith("cannot tell") for run in runs):
+            words += f", and cannot tell of {unknown}"
     if spikes := sum(spike(_losses(run)) for run in runs):
         words += f"; {spikes} end on a loss spike"
     if left := sum(not run.finished for run in runs):
@@ -123,8 +132,7 @@ def said(run: Run) -> str:
     else:
         words = f"no overfitting up to step {last}: the validation loss ends at {losses[-1]:.2f}"
     if run.alarm != "not watched":
-        rang = f"rang at step {run.alarm}" if run.alarms else "did not ring"
-        words += f"; the monitor, which sees no validation loss, {rang}"
+        words += f"; the monitor, which sees no validation loss, {monitored(run)}"
     if not np.isnan(run.lar).all():
         peak, end = np.nanmax(run.lar), median(run.lar.tolist())
         words += f"; {moved(run.lar[0], peak)}"
@@ -139,6 +147,22 @@ def said(run: Run) -> str:
     if not run.finished:
         words += f"; not finished: step {last + 1} of {run.config.steps}"
     return words
+
+
+def monitored(run: Run) -> str:
+    """What the monitor says of a run: whether it rang while it trained, and if it did not, whether
+    that says anything, by what `jlar watch` says of the run alone.
+    """
+    if run.alarms:
+        return f"rang at step {run.alarm}"
+    there = np.isfinite(run.lar)
+    step, loss = run.curve("step")[there], run.curve("train_loss")[there]
+    log = Log(step, run.lar[there], loss)
+    if not len(log.step):
+        return "cannot tell: LAR was never a number"
+    start = Monitor.init(n=run.config.width, second_epoch=run.config.sequences / run.config.batch)
+    why = heard(*watched(start, log, None), log, None)["cannot_tell_because"]
+    return f"cannot tell: {'; '.join(why)}" if why else "did not ring"
 
 
 def _losses(run: Run) -> list[float]:

@@ -155,3 +155,19 @@ def test_alarms():
     assert ringing.alarms == {"decline": 31} and ringing.alarm == "31 (decline)"
     assert run().alarm == "not watched"
     assert dataclasses.replace(ringing, rows=ringing.rows[:31]).alarm == "none"
+
+
+def test_the_page_says_in_its_first_lines_what_the_monitor_says_or_why_it_cannot():
+    quiet, low, few = run(), run(lar=np.full(STEPS, 0.5)), run(25_600, lar=np.full(STEPS, 0.5))
+    for each in (quiet, low, few):
+        for row in each.rows:
+            row["alarms"] = []
+    few.rows[40]["alarms"] = ["deviation"]  # it had a baseline, as the records say
+    assert report.monitored(quiet) == "did not ring"
+    unknown = "cannot tell: LAR never rose above its value at initialisation (it reached 0.500"
+    assert report.monitored(low).startswith(unknown)
+    assert f"; the monitor, which sees no validation loss, {unknown}" in report.verdict([low])
+    assert report.monitored(few) == "rang at step 40 (deviation)"
+    assert report.verdict([quiet, low, few]).endswith("in 1 others, and cannot tell of 1")
+    blind = run(lar=np.full(STEPS, np.nan))
+    assert report.monitored(blind) == "cannot tell: LAR was never a number"

@@ -154,10 +154,10 @@ def test_an_alarm_is_that_of_watch_and_is_said_once(config, tokens, tmp_path, mo
     first = next(row["step"] for row in rows(folder) if row["alarms"])
     assert rows(folder)[-1]["alarms"] == ["deviation"] and first < 26
     log = logs.read(folder / "metrics.jsonl")
-    monitor, _ = verdict.watched(
+    seen = verdict.watched(
         Monitor.init(n=config.width, second_epoch=config.sequences / config.batch), log, high
     )
-    assert verdict.verdict(monitor, log, high)["first_alarm_step"] == first
+    assert verdict.verdict(*seen, log, high)["first_alarm_step"] == first
     assert f"{first} (deviation)" in report.report([folder]).text
 
 

@@ -59,39 +59,39 @@ def test_the_papers_runs(name, tmp_path, capsys):
     for more in ([], ["--baseline", baseline]):
         code = run(log, "--json", *more)
         found = json.loads(capsys.readouterr().out)
-        assert code == (3 if found["alarm"] else 0)
-        assert found["alarm"] == (name in runs.OVERFITTING), (name, more, found)
-        if found["alarm"]:
+        assert code == (3 if found["rang"] else 0)
+        assert found["rang"] == (name in runs.OVERFITTING), (name, more, found)
+        if found["rang"]:
             assert 500 < found["first_alarm_step"] <= runs.OVERFITTING[name][1], (name, more)
 
 
 def test_json_is_one_object_with_every_signal(falling, steady, capsys):
     assert run(falling, "--baseline", steady, "--json") == 3
     found = json.loads(capsys.readouterr().out)
-    assert found["alarm"] is True and found["first_alarm_step"] in STEPS
+    assert found["rang"] is True and found["first_alarm_step"] in STEPS
     assert set(found["signals"]) == {"deviation", "matched_loss", "decline", "grokking"}
     for signal in found["signals"].values():
-        assert {"level", "allowance", "S", "limit", "alarm", "step", "step_before"} <= set(signal)
+        assert {"level", "allowance", "S", "limit", "rang", "step", "step_before"} <= set(signal)
     apart = found["signals"]["deviation"]
-    assert apart["alarm"] and apart["S"] > apart["limit"] and apart["step"] in STEPS
+    assert apart["rang"] and apart["S"] > apart["limit"] and apart["step"] in STEPS
     assert apart["step_before"] in STEPS and apart["step_before"] < apart["step"]
     assert apart["until"] == 10_000 and apart["in_force_since"] < 1000
     matched = found["signals"]["matched_loss"]  # no training loss: nothing to say
-    assert matched["level"] is matched["until"] is None and not matched["alarm"]
+    assert matched["level"] is matched["until"] is None and not matched["rang"]
     assert found["says"] == "deviating" and found["points"] == 200
     assert found["verdict"] == "alarm" and found["cannot_tell_because"] == []
-    assert found["noise"]["source"].startswith("default")
+    assert found["noise"]["source"].startswith("the default") and found["baselines"] == 1
 
     assert run(steady, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["alarm"] is False and found["first_alarm_step"] is None
+    assert found["rang"] is False and found["first_alarm_step"] is None
     assert found["verdict"] == "no alarm"
 
 
 def test_paragraph(falling, steady, capsys):
     assert run(falling, "--baseline", steady) == 3
     said = capsys.readouterr().out
-    assert said.count("\n") == 2 and "LAR 'lar', no training loss; 200 rows" in said
+    assert said.count("\n") == 2 and "LAR 'lar', no training loss; 200 rows" in said and "compared with" in said
     assert "ALARM (deviation) since step" in said and "declining" in said
     assert "go back to the last checkpoint at or before step" in said
     assert run(steady) == 0
@@ -136,7 +136,7 @@ def test_run_and_baseline_in_one_export(tmp_path, capsys):
     both = table(tmp_path / "both.csv", columns)
     names = ["--lar-column", "a - lar", "--baseline", both]
     assert run(both, *names, "--baseline-column", "b - lar", "--json") == 3
-    assert json.loads(capsys.readouterr().out)["signals"]["deviation"]["alarm"]
+    assert json.loads(capsys.readouterr().out)["signals"]["deviation"]["rang"]
     assert run(both, *names, "--baseline-column", "c") == 2
     assert "no column 'c'" in capsys.readouterr().err
 
@@ -151,7 +151,7 @@ def test_the_width_from_k_and_grokking_is_good_news(tmp_path, capsys):
     )
     assert run(log, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["width"] == 128 and found["signals"]["grokking"]["alarm"] and not found["alarm"]
+    assert found["width"] == 128 and found["signals"]["grokking"]["rang"] and not found["rang"]
     assert run(log) == 0
     assert "Good news since step" in capsys.readouterr().out
 
@@ -203,15 +203,19 @@ def test_the_noise_is_said_and_where_it_was_learnt(steady, tmp_path, capsys):
     ]
     several = [word for seed in seeds for word in ("--baseline", seed)]
     sources = {
-        "default: that of a point": ["--baseline", seeds[0]],
-        "spread of 2 baselines": several,
-        "deviation in the first epoch, until step 6000": [*several, "--second-epoch", 6000],
-        "decline in the first epoch": ["--second-epoch", 6000],
+        "the default, or 2.5 times that of a point": ["--baseline", seeds[0]],
+        "2.5 times the spread of 2 baselines": several,
+        "2.5 times what the first epoch shows, until step 6000": [*several, "--second-epoch", 6000],
+        "2.5 times what the first epoch shows": ["--second-epoch", 6000],
     }
     for source, options in sources.items():
         assert run(steady, *options) == 0
         said = capsys.readouterr().out
-        assert f"noise: {source}" in said and "nothing here looks like overfitting" in said
+        assert f"noise ({source}" in said and "nothing here looks like overfitting" in said
+        assert ("says little without a baseline" in said) == ("--baseline" not in options)
+        assert all(f"{seed}" in said for seed in options[1:2] if options[0] == "--baseline")
+    assert run(steady, "--baseline", steady) == 2
+    assert "is the log itself" in capsys.readouterr().err
     assert run(steady, "--second-epoch", 20_000) == 0  # it has seen nothing twice
     assert run(steady, "--second-epoch", 0) == 2
 
