@@ -13,6 +13,7 @@ sign test against the same seeds without a term, and the controls do not.
 """
 
 import argparse
+import gzip
 import json
 import math
 from pathlib import Path
@@ -34,6 +35,7 @@ from .plan import SMALL_P, small
 FIRST_SEED, SEEDS, EVERY = 20, 10, 25
 TERMS = ("none", "lar+", "lar-", "norm+", "norm-", "rank+", "rank-", "random+", "random-")
 DECAYS = (1.0, 0.0)
+Logs = dict[tuple[str, float], list[dict[str, Any]]]  # of each arm: its term and weight decay
 MEMORISED, GENERALISES = 0.99, 0.95
 
 
@@ -136,12 +138,22 @@ def sign_test(ratios: list[float]) -> float:
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n) if n else 1.0
 
 
-def analysis(logs: dict[tuple[str, float], list[dict[str, Any]]]) -> dict[str, Any]:
+def read(folder: Path) -> Logs:
+    """The arms of which there are records."""
+    logs = {}
+    for path in sorted(folder.glob("*.jsonl.gz")):
+        term, _, decay = path.name.removesuffix(".jsonl.gz").partition("-decay")
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            logs[term, float(decay)] = list(map(json.loads, file))
+    return logs
+
+
+def analysis(logs: Logs) -> dict[str, Any]:
     """By arm: the step of 95% over that of the same seed without a term, and LAR at the end."""
     table = {}
     for (term, decay), rows in logs.items():
         seeds = sorted({row["seed"] for row in rows})
-        plain = logs["none", decay]
+        plain = logs.get(("none", decay), rows)
         ratios = [
             a / b if math.isfinite(b) else (1.0 if math.isinf(a) else 0.0)
             for a, b in ((reaches(rows, seed), reaches(plain, seed)) for seed in seeds)
@@ -165,24 +177,21 @@ def main() -> None:
     """Run the arms that are not there yet, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="of the logs")
-    parser.add_argument("--c", type=float, default=0.1, help="what LAR is multiplied by")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--c", type=float, default=1.0, help="what LAR is multiplied by")
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--terms", nargs="+", default=TERMS, choices=TERMS, metavar="TERM")
     parser.add_argument("--decays", type=float, nargs="+", default=DECAYS, metavar="DECAY")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    logs = {}
     terms: list[str] = arguments.terms
     for term, decay in [(term, decay) for decay in arguments.decays for term in terms]:
-        path = arguments.folder / f"{term}-decay{decay:g}.jsonl"
+        path = arguments.folder / f"{term}-decay{decay:g}.jsonl.gz"
         if not path.exists():
             rows = arm(term, decay, arguments.c, arguments.steps, arguments.first_seed)
-            records.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+            records.write_packed(path, rows)
             print(f"{path.name} done", flush=True)
-        logs[term, decay] = list(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
-    if "none" in arguments.terms:
-        print(json.dumps(analysis(logs), indent=1))
+    print(json.dumps(analysis(read(arguments.folder)), indent=1))
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ command. Recipes marked "fit" choose thresholds, those marked "judge" are judged
 
 import argparse
 import fnmatch
-import gzip
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,10 +246,7 @@ def run(
                 continue
             began = time.perf_counter()
             rows = train(recipe, text[:count], held_out)
-            packed = gzip.compress("".join(json.dumps(r) + "\n" for r in rows).encode(), mtime=0)
-            draft = path.with_suffix(".tmp")
-            draft.write_bytes(packed)
-            draft.rename(path)
+            records.write_packed(path, rows)
             last = rows[-1]
             print(
                 f"{path.name}: LAR {last['lar']:.3f}, training {last['train_loss']:.2f}, "

@@ -91,7 +91,11 @@ def test_json_is_one_object_with_every_signal(falling, steady, capsys):
 def test_paragraph(falling, steady, capsys):
     assert run(falling, "--baseline", steady) == 3
     said = capsys.readouterr().out
-    assert said.count("\n") == 2 and "LAR 'lar', no training loss; 200 rows" in said and "compared with" in said
+    assert (
+        said.count("\n") == 2
+        and "LAR 'lar', no training loss; 200 rows" in said
+        and "compared with" in said
+    )
     assert "ALARM (deviation) since step" in said and "declining" in said
     assert "go back to the last checkpoint at or before step" in said
     assert run(steady) == 0
