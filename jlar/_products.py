@@ -99,7 +99,6 @@ def dot(eqn: Any, left: bool) -> Dot:
 class Conv(Product):
     """A convolution: the product of a kernel with the patches of X; groups are stacked."""
 
-    groups: int
     numbers: jax.lax.ConvDimensionNumbers
     geometry: tuple[tuple[str, Any], ...]  # Strides, padding and dilations
 
@@ -110,19 +109,19 @@ class Conv(Product):
     def _by_group(self, a: Array, features: int) -> Array:
         """What lies as Y does, with so many features of each group: (*stack, *tokens, features)."""
         a = jnp.transpose(a, self.numbers.out_spec)
-        a = a.reshape(a.shape[0], self.groups, features, *a.shape[2:])
+        a = a.reshape(a.shape[0], math.prod(self.stack), features, *a.shape[2:])
         return jnp.moveaxis(a, (1, 2), (0, -1)).reshape(*self.stack, *self.tokens, features)
 
     def squares(self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array) -> Squares:
         """The squares of all patches are a convolution of those of X with a kernel of ones."""
         shape = list(W.shape)
-        shape[self.numbers.rhs_spec[0]] = self.groups
+        shape[self.numbers.rhs_spec[0]] = math.prod(self.stack)
         patches = jax.lax.conv_general_dilated(
             jnp.square(X.astype(acc)),
             jnp.ones(shape, acc),
             **dict(self.geometry),
             dimension_numbers=self.numbers,
-            feature_group_count=self.groups,
+            feature_group_count=math.prod(self.stack),
             precision=jax.lax.Precision.HIGHEST,
         )
         stack = tuple(range(len(self.stack)))
@@ -161,7 +160,6 @@ def conv(eqn: Any, left: bool) -> Conv | str:
         m=outputs // groups,
         tokens=(batch, *positions),
         stack=(groups,) if groups > 1 else (),
-        groups=groups,
         numbers=numbers,
         geometry=tuple((name, params[name]) for name in names),
     )

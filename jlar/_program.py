@@ -53,7 +53,7 @@ class Program:
             mask=None if mask is None else jnp.asarray(mask).astype(bool),
             axes=axes,
             rules=RULES,
-            blind=_blind(),
+            told=devices.told(axes) if _blind() else None,
         )
         self.manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
         walk.mesh_axes.update({axis: jax.lax.axis_size(axis) for axis in self.manual})
@@ -81,10 +81,9 @@ class Program:
         Where one leaf is several matrices (a tied one, of which the transposed multiplies as well),
         the one with the most outputs times tokens has the plain name.
         """
-        work: dict[Key, int] = {}
+        work: collections.Counter[Key] = collections.Counter()
         for site in self.plan.sites:
-            key = site.key.beyond(self.manual)
-            work[key] = work.get(key, 0) + key.m * math.prod(site.tokens)
+            work[site.key.beyond(self.manual)] += site.key.m * math.prod(site.tokens)
         plain = {key: self.paths[key.leaf] + re.sub(UNKNOWN, "", key.cut) for key in work}
         names: dict[Key, str] = {}
         for key in sorted(work, key=lambda key: (key.leaf, plain[key], -work[key])):
@@ -102,7 +101,7 @@ def _pure(f: Callable[..., Any]) -> Callable[..., Any]:
         before = jax.tree.leaves(weights)
         result = f(weights, *args, **kwargs)
         after = jax.tree.leaves(weights)
-        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+        if list(map(id, before)) != list(map(id, after)):
             raise ValueError(
                 "the function changes its first argument in place (as a flax NNX module does "
                 "with its random state and running means): that would be lost. Take it apart "

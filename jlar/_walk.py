@@ -37,8 +37,8 @@ class Walk:
     axes: mesh.Axes | None
     rules: Mapping[str, Callable[["Walk", Any, list[Origin]], Plan]]
     """How the primitives that hold programs of their own are walked."""
-    blind: bool = False
-    """Whether capture was called in a shard_map that tells nothing (check_vma=False)."""
+    told: mesh.Split | None = None
+    """What splits every product, if capture was called where types do not tell: check_vma=False."""
     quiet: bool = False
     """Whether this is a second evaluation, which leaves out what computes nothing but prints."""
     numbers: dict[Any, int] = field(default_factory=dict)
@@ -173,15 +173,14 @@ class Walk:
 
     def _devices(self, axes: Iterable[str]) -> int:
         """Over how many devices these axes split."""
-        return math.prod(self.mesh_axes[axis] for axis in axes)
+        return math.prod(self.mesh_axes.get(axis, 1) for axis in axes)
 
     def _split(
         self, path: str, W: frozenset[str], X: frozenset[str], product: Product
     ) -> mesh.Split:
         """The mesh axes that split a product of what is split over these axes."""
-        if self.blind:
-            devices.check(self.axes, set(self.mesh_axes))
-            return devices.told(self.axes)
+        if self.told is not None:
+            return self.told
         split = devices.split(self.axes, path, W, X, bool(product.stack))
         if self.measure not in (energies, grams) and (split.m or split.n):
             raise ValueError(
@@ -195,7 +194,7 @@ class Walk:
         """The origin of what is computed from all of these."""
         split = frozenset().union(*(o.split for o in given))
         if any(o.data for o in given):
-            return DATA._replace(split=split) if split else DATA
+            return DATA._replace(split=split)
         leaves = frozenset().union(*(o.leaves for o in given))
         loops = frozenset().union(*(o.loops for o in given))
         first = next((o for o in given if leaves and self.main(leaves) in o.leaves), Origin())
