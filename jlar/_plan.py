@@ -66,7 +66,7 @@ class Step(NamedTuple):
     inputs: Sequence[Any]
     outputs: Sequence[Any] = ()
     key: Key | None = None  # Of a site
-    same: Any = None  # Sites that have this in common are traced once
+    same: Any = None  # Sites that have this in common are traced as one
 
 
 class Plan(NamedTuple):
@@ -132,15 +132,13 @@ def evaluate(
 
 def _traced(step: Step, traces: dict[Any, Traced]) -> Traced:
     types = tuple(atom.aval for atom in step.inputs)
-    if (known := traces.get((step.same, types))) is not None:
-        return known
-    closed, (_, like) = jax.make_jaxpr(step.run, return_shape=True)(*types)
-    inner, name = closed.jaxpr, "a block" if step.outputs else STATISTICS
-    program = _closed([*inner.constvars, *inner.invars], inner.outvars, inner.eqns, name)
-    traced = Traced(program, closed.consts, jax.tree.structure(like))
-    if step.same is not None:
-        traces[step.same, types] = traced
-    return traced
+    key = step.same or step.run, types
+    if key not in traces:
+        closed, (_, like) = jax.make_jaxpr(step.run, return_shape=True)(*types)
+        inner, name = closed.jaxpr, "a block" if step.outputs else STATISTICS
+        program = _closed([*inner.constvars, *inner.invars], inner.outvars, inner.eqns, name)
+        traces[key] = Traced(program, closed.consts, jax.tree.structure(like))
+    return traces[key]
 
 
 def _closed(inputs: list[Any], results: list[Any], eqns: list[Any], name: str) -> jex.ClosedJaxpr:
