@@ -46,25 +46,26 @@ class Product:
 class Dot(Product):
     """A `dot_general`: contracted axes are inputs, free ones outputs (of W) or tokens (of X)."""
 
-    W: tuple[Axes, Axes, Axes]  # The axes of W that are stacked, outputs and inputs
-    X: tuple[Axes, Axes, Axes]  # The axes of X that are stacked, tokens and inputs
-    Y: tuple[Axes, Axes, Axes]  # The axes of Y that are stacked, tokens and outputs
+    W_axes: tuple[Axes, Axes, Axes]  # Those that are stacked, outputs and inputs
+    X_axes: tuple[Axes, Axes, Axes]  # Those that are stacked, tokens and inputs
+    Y_axes: tuple[Axes, Axes, Axes]  # Those that are stacked, tokens and outputs
 
     def facing(self, weight: Origin) -> str:
         """The contracted axes; of a transposed matrix those that they were."""
-        axes, layout, matrix = self.W[2], weight.layout, sum(map(len, self.W)) == 2
+        axes, layout, matrix = self.W_axes[2], weight.layout, sum(map(len, self.W_axes)) == 2
         if matrix and layout.endswith(".T"):
             return layout.removesuffix(".T") + str(tuple(1 - axis for axis in axes))
         return layout + str(axes)
 
     def squares(self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array) -> Squares:
         """Over their axes as they lie: nothing is transposed or merged."""
-        X, Y = _masked(X, keep, self.X[1]), _masked(Y, keep, self.Y[1])
-        return _over(Y, self.Y[0], acc), _over(X, self.X[0], acc), _over(W, self.W[0], acc)
+        stacked_W, stacked_X, stacked_Y = self.W_axes[0], self.X_axes[0], self.Y_axes[0]
+        X, Y = _masked(X, keep, self.X_axes[1]), _masked(Y, keep, self.Y_axes[1])
+        return _over(Y, stacked_Y, acc), _over(X, stacked_X, acc), _over(W, stacked_W, acc)
 
     def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Any:
         """W (*stack, m, n), X (*stack, *tokens, n), Y (*stack, *tokens, m) and the mask."""
-        operands = (W, self.W), (X, self.X), (Y, self.Y)
+        operands = (W, self.W_axes), (X, self.X_axes), (Y, self.Y_axes)
         W, X, Y = (jnp.transpose(a, sum(axes, ())) for a, axes in operands)
         W = W.reshape(*self.stack, self.m, self.n)
         tokens = *self.stack, *self.tokens
@@ -89,9 +90,9 @@ def dot(eqn: Any, left: bool) -> Dot:
         m=math.prod(outputs),
         tokens=tuple(shapes[x][d] for d in axes[x][1]),
         stack=stack,
-        W=axes[w],
-        X=axes[x],
-        Y=(stacked, free[x], free[w]),
+        W_axes=axes[w],
+        X_axes=axes[x],
+        Y_axes=(stacked, free[x], free[w]),
     )
 
 

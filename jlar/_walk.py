@@ -153,8 +153,8 @@ class Walk:
             leaf,
             weight.cut,
             product.facing(weight),
-            n=product.n * self._devices(split.n),
-            m=product.m * self._devices(split.m),
+            n=product.n * self._device_count(split.n),
+            m=product.m * self._device_count(split.m),
             stack=product.stack,
             split=split,
             varies=tuple(sorted(weight.loops)),
@@ -171,7 +171,7 @@ class Walk:
         keep = None if self.mask is None else self.mask.reshape(product.tokens)
         return [], statistics(self.measure, product, split, keep, *operands)
 
-    def _devices(self, axes: Iterable[str]) -> int:
+    def _device_count(self, axes: Iterable[str]) -> int:
         """Over how many devices these axes split."""
         return math.prod(self.mesh_axes.get(axis, 1) for axis in axes)
 
