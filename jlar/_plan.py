@@ -79,9 +79,9 @@ class Plan(NamedTuple):
     """From the inputs to (the results, statistics); None: an equation is left as it is."""
     beside: Step | None = None  # What is run as well
 
-    def around(self, run: Callable[..., Any], what: str) -> "Plan":
-        """The plan of an equation in whose place `run` is run, which runs this program inside."""
-        return self._replace(run=run, sites=[site.inside(what) for site in self.sites])
+    def inside(self, what: str, **changes: Any) -> "Plan":
+        """The plan of an equation of this kind, inside of which the program is."""
+        return self._replace(sites=[site.inside(what) for site in self.sites], **changes)
 
 
 class Traced(NamedTuple):

@@ -43,7 +43,7 @@ def _remat(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """A block recomputed in the backward pass; its statistics are returned, not recomputed."""
     plan = walk.plan(_closed(eqn), given)
     options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-    return plan.around(jax.checkpoint(plan.run, **options), "remat")
+    return plan.inside("remat", run=jax.checkpoint(plan.run, **options))
 
 
 def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
@@ -61,8 +61,8 @@ def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     def run(*args: Any) -> tuple[Values, Statistics]:
         return [], plan.run(*jax.lax.stop_gradient(args))[1]
 
-    around = plan.around(run, eqn.primitive.name.removesuffix("_call"))
-    return around._replace(run=None, beside=Step(run, eqn, eqn.invars))
+    what = eqn.primitive.name.removesuffix("_call")
+    return plan.inside(what, run=None, beside=Step(run, eqn, eqn.invars))
 
 
 def _cond(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
@@ -119,10 +119,11 @@ def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
         check_vma=p["check_vma"],
         axis_names=set(axes),
     )
-    around = plan.around(run, "shard_map")
-    return around._replace(
-        origins=[o._replace(split=o.split - axes) for o in around.origins],
-        sites=[site._replace(key=site.key.beyond(axes)) for site in around.sites],
+    return Plan(
+        origins=[o._replace(split=o.split - axes) for o in plan.origins],
+        sites=[site.inside("shard_map", key=site.key.beyond(axes)) for site in plan.sites],
+        notes=plan.notes,
+        run=run,
     )
 
 
