@@ -5,9 +5,16 @@ a loop would be one for each iteration, and in a branch that only some of them t
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PyTree
 
 from . import _mesh as mesh
+from ._energies import Energies
+from ._grams import Grams
+from ._pool import sum_counts
 
 KEYS = ("t", "m", "n", "stack")
 """What `axes` may say is split: tokens, outputs, inputs or stacked matrices."""
@@ -17,23 +24,6 @@ ONE_TO_ONE = ("optimization_barrier", *EQUAL)
 """Each result of these is made of one operand."""
 SPLITTING = ("reduce_scatter", "all_to_all", "ppermute", "axis_index")
 """After these each device along the axes holds something of its own."""
-
-
-class MeshSplit(NamedTuple):
-    """The mesh axes that split one product."""
-
-    t: tuple[str, ...] = ()  # Its tokens
-    m: tuple[str, ...] = ()  # Its outputs
-    n: tuple[str, ...] = ()  # Its inputs, of W and of X
-    y: tuple[str, ...] = ()  # Y: tokens and outputs, and inputs if a reduce_scatter sums over them
-    stack: tuple[str, ...] = ()  # The stacked matrices
-
-    def beyond(self, axes: Iterable[str]) -> "MeshSplit":
-        """The axes that are left where these have ended."""
-        return MeshSplit(*(tuple(name for name in names if name not in axes) for names in self))
-
-
-NOT_SPLIT = MeshSplit()
 
 
 def after(eqn: Any, origins: list[Any]) -> list[Any]:
@@ -52,23 +42,23 @@ def _axes(eqn: Any) -> tuple[str, ...]:
 
 def split(
     axes: mesh.Axes | None, path: str, W: frozenset[str], X: frozenset[str], stacked: bool
-) -> MeshSplit:
+) -> mesh.Split:
     """What splits a product of W and X that are split over these axes.
 
     An axis that splits W alone splits its outputs, one that splits X alone its tokens. Of one that
     splits both only `axes` can tell whether it splits the inputs of both or a stack of matrices.
     """
-    found: dict[str, list[str]] = {"t": [], "m": [], "n": [], "stack": []}
+    found: dict[str, tuple[str, ...]] = dict.fromkeys(KEYS, ())
     for axis in sorted(W | X):
         told = {key for key, each in mesh.entries(axes, KEYS).items() if axis in each}
         if axis not in W or told == {"t"}:
-            found["t"].append(axis)
+            what = "t"
         elif "stack" in told and stacked:
-            found["stack"].append(axis)
+            what = "stack"
         elif axis not in X and (not stacked or "m" in told):
-            found["m"].append(axis)
+            what = "m"
         elif axis in X and told == {"n"}:
-            found["n"].append(axis)
+            what = "n"
         else:
             both = "splits both operands" if axis in X else "splits the weight"
             raise ValueError(
@@ -77,8 +67,8 @@ def split(
                 f'the outputs, or {{"stack": {axis!r}}} a stack of matrices (experts; this product '
                 f"has {'one' if stacked else 'none'}); or leave it out with where=."
             )
-    names = {key: tuple(each) for key, each in found.items()}
-    return MeshSplit(**names, y=(*names["t"], *names["m"]))
+        found[what] += (axis,)
+    return mesh.Split(**found, columns=found["n"])
 
 
 def check(axes: mesh.Axes | None, known: set[str]) -> None:
@@ -90,7 +80,7 @@ def check(axes: mesh.Axes | None, known: set[str]) -> None:
         )
 
 
-def told(axes: mesh.Axes | None) -> MeshSplit:
+def told(axes: mesh.Axes | None) -> mesh.Split:
     """What `axes` says splits every product, where the types say nothing."""
     t, m, *others = mesh.entries(axes, KEYS).values()
     if axes is None or any(others) or set(t) & set(m):
@@ -99,23 +89,49 @@ def told(axes: mesh.Axes | None) -> MeshSplit:
             'axes={"t": ...} with the mesh axes that split the tokens of every product, and "m" '
             f"with others that split its outputs, or leave check_vma at its default; got {axes!r}."
         )
-    return MeshSplit(t=t, m=m, y=(*t, *m))
+    return mesh.Split(t, m)
 
 
-def outputs(split: MeshSplit, path: str, eqns: Sequence[Any], i: int) -> tuple[MeshSplit, Any]:
-    """Y: the result of the i-th equation, or of the sum over the axes that split the inputs."""
-    Y = eqns[i].outvars[0]
-    if not split.n:
-        return split, Y
-    for eqn in eqns[i + 1 :]:
+def summed_output(split: mesh.Split, path: str, eqns: Sequence[Any]) -> tuple[mesh.Split, Any]:
+    """What is the result of the first equation once it is summed over its inputs, and its split."""
+    Y = eqns[0].outvars[0]
+    for eqn in eqns[1:]:
         places = [j for j, atom in enumerate(eqn.invars) if atom is Y]
         if places and set(_axes(eqn)) == set(split.n):
             if eqn.primitive.name in ("psum", "psum_invariant"):
                 return split, eqn.outvars[places[0]]
             if eqn.primitive.name == "reduce_scatter":
-                return split._replace(y=(*split.y, *split.n)), eqn.outvars[0]
+                return split._replace(scattered=split.n), eqn.outvars[0]
     raise ValueError(
         f"the inputs of the product with {path!r} are split over {sorted(split.n)}, and its result "
         "is not summed over them as it is (by jax.lax.psum or psum_scatter): sum it "
         "first, take measure=jlar.grams, which needs no result, or leave it out with where=."
     )
+
+
+def over_devices(statistic: PyTree, split: mesh.Split, loops: int, axes: Iterable[str]) -> PyTree:
+    """The sums of one device's statistics over all devices along these axes.
+
+    `loops` is how many axes of its stack are those of loops, before those of the product.
+    """
+    axes = frozenset(axes)
+    t, m, n, _, stack, scattered = split.beyond(frozenset().union(*split) - axes)
+
+    def counted(sums: Array) -> Array:
+        calls, tokens = sums[..., -3:-2, :], sums[..., -2:, :]
+        return jnp.concatenate([calls, sum_counts(tokens, t)], axis=-2)
+
+    if isinstance(statistic, Energies):
+        e, by = statistic, (t + m + scattered, t + n, m + n)
+        squares = [jax.lax.psum(a, names) for a, names in zip((e.y, e.x, e.w), by, strict=True)]
+        statistic = Energies.of(squares, counted(e.sums), e.n)
+    elif isinstance(statistic, Grams):
+        w, x = jax.lax.psum(statistic.w, m), jax.lax.psum(statistic.x, t)
+        statistic = Grams(w, x, counted(statistic.sums))
+    else:
+        statistic = jax.lax.psum(statistic, t)
+
+    def whole(a: Array) -> Array:
+        return mesh.whole(jax.lax.all_gather(a, stack, axis=loops, tiled=True), axes)
+
+    return jax.tree.map(whole, statistic)

@@ -8,129 +8,122 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._evaluate import evaluate, pooled
 from ._origin import Origin
-from ._plan import EqnPlan, Key, Plan, Site, Statistics, Step
+from ._plan import Key, Plan, Site, Statistics, Values, pooled, rekeyed
 from ._walk import Walk
 
-Values = Sequence[Any]
 
-
-def scan(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
+def scan(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """One row per iteration for a weight that differs between iterations; else pooled."""
-    p, closed, loop = eqn.params, eqn.params["jaxpr"], walk.number(object())
-    k, c = p["num_consts"], p["num_carry"]
-    plan, origins = _fixed_point(walk, closed.jaxpr, given, k, c, loop)
+    params, body, loop = eqn.params, eqn.params["jaxpr"], walk.number(object())
+    consts, length = params["num_consts"], params["length"]
+    end = consts + params["num_carry"]
+    plan, origins = _fixed_point(walk, body, given, consts, end, loop)
     rows = {site.key for site in plan.sites if loop in site.key.varies}
 
+    def once(*inputs: Any) -> tuple[Values, Statistics, Statistics]:
+        outs, pool = plan.run(*inputs)
+        row = {key: pool.pop(key) for key in rows}
+        return outs, pool, row
+
     def run(*args: Any) -> tuple[Values, Statistics]:
-        def once(*inputs: Any) -> tuple[Values, Statistics, Statistics]:
-            outs, seen = evaluate(plan, closed.consts, [*args[:k], *inputs])
-            each = {key: seen.pop(key) for key in rows}
-            return outs, seen, each
+        def step(so_far: tuple[Values, Statistics], xs: Values) -> Any:
+            carry, pools = so_far
+            outs, pool, row = once(*args[:consts], *carry, *xs)
+            return (outs[: end - consts], pooled(pools, pool)), (outs[end - consts :], row)
 
-        def step(both: tuple[Statistics, Values], xs: Values) -> Any:
-            outs, seen, each = once(*both[1], *xs)
-            return (pooled(both[0], seen), outs[:c]), (outs[c:], each)
-
-        zeros = {}
-        if any(site.key not in rows for site in plan.sites):
-            zeros = zeros_of(lambda *a: once(*a)[1], closed.jaxpr.invars[k:])
-        (seen, carry), (ys, each) = jax.lax.scan(
-            step,
-            (zeros, list(args[k : k + c])),
-            list(args[k + c :]),
-            length=p["length"],
-            reverse=p["reverse"],
-            unroll=p["unroll"],
-        )
-        return [*carry, *ys], pooled(seen, {stacked(key): each[key] for key in each})
+        anything_pools = any(site.key not in rows for site in plan.sites)
+        zeros = zeros_of(once, body.jaxpr.invars) if anything_pools else {}
+        first, xs = (list(args[consts:end]), zeros), list(args[end:])
+        options = {name: params[name] for name in ("length", "reverse", "unroll")}
+        (carry, pools), (ys, stack) = jax.lax.scan(step, first, xs, **options)
+        return [*carry, *ys], pooled(pools, rekeyed(stack, stacked))
 
     def stacked(key: Key) -> Key:
-        stack, varies = (p["length"], *key.stack), tuple(v for v in key.varies if v != loop)
-        return key._replace(stack=stack, loops=key.loops + 1, varies=varies)
+        return _ended(key, loop)._replace(stack=(length, *key.stack), loops=key.loops + 1)
 
     def outside(site: Site) -> Site:
         if site.key not in rows:
-            return site.inside(f"scan of {p['length']}, pooled")
-        return site.inside(f"scan of {p['length']}", key=stacked(site.key))
+            return site.inside(f"scan of {length}, pooled")
+        return site.inside(f"scan of {length}", key=stacked(site.key))
 
-    sites = list(map(outside, plan.sites))
-    return EqnPlan(origins, sites, plan.notes, Step(run, eqn, eqn.invars, eqn.outvars))
+    return Plan(origins, list(map(outside, plan.sites)), plan.notes, run)
 
 
-def while_loop(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
+def while_loop(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """All iterations pool, for their number is not known."""
-    p, loop = eqn.params, walk.number(object())
-    k, c = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
-    body, condition = p["body_jaxpr"], p["cond_jaxpr"]
-    plan, origins = _fixed_point(walk, body.jaxpr, given[k:], c - k, len(given) - c, loop)
-    tested = walk.plan(condition.jaxpr, [*given[:k], *origins])
-    notes = [(s.key.leaf, "in the condition of a while_loop") for s in tested.sites]
+    params, loop = eqn.params, walk.number(object())
+    body, condition, tested = params["body_jaxpr"], params["cond_jaxpr"], params["cond_nconsts"]
+    consts = params["body_nconsts"]
+    plan, origins = _fixed_point(walk, body, given[tested:], consts, len(given) - tested, loop)
+    in_condition = walk.plan(condition, [*given[:tested], *origins]).sites
+    notes = [(site.key.leaf, "in the condition of a while_loop") for site in in_condition]
 
     def run(*args: Any) -> tuple[Values, Statistics]:
-        def once(*carry: Any) -> tuple[Values, Statistics]:
-            return evaluate(plan, body.consts, [*args[k:c], *carry])
+        of_condition, of_body = args[:tested], args[tested : tested + consts]
 
-        def step(both: tuple[Statistics, Values]) -> tuple[Statistics, Values]:
-            outs, seen = once(*both[1])
-            return pooled(both[0], seen), outs
+        def step(so_far: tuple[Values, Statistics]) -> tuple[Values, Statistics]:
+            carry, pools = so_far
+            carry, seen = plan.run(*of_body, *carry)
+            return carry, pooled(pools, seen)
 
-        def go_on(both: tuple[Statistics, Values]) -> Any:
-            return jex.jaxpr_as_fun(condition)(*args[:k], *both[1])[0]
+        def go_on(so_far: tuple[Values, Statistics]) -> Any:
+            return jex.jaxpr_as_fun(condition)(*of_condition, *so_far[0])[0]
 
-        zeros = zeros_of(lambda *a: once(*a)[1], body.jaxpr.invars[c - k :])
-        seen, outs = jax.lax.while_loop(go_on, step, (zeros, list(args[c:])))
-        total: Statistics = {}
-        for key, value in seen.items():
-            total = pooled(total, {pooled_key(key): value})
-        return outs, total
+        first = list(args[tested + consts :]), zeros_of(plan.run, body.jaxpr.invars)
+        outs, seen = jax.lax.while_loop(go_on, step, first)
+        return outs, rekeyed(seen, lambda key: _ended(key, loop))
 
-    def pooled_key(key: Key) -> Key:
-        return key._replace(varies=tuple(v for v in key.varies if v != loop))
+    sites = [s.inside("while, pooled", key=_ended(s.key, loop)) for s in plan.sites]
+    return Plan(origins, sites, [*plan.notes, *notes], run)
 
-    sites = [s.inside("while, pooled", key=pooled_key(s.key)) for s in plan.sites]
-    return EqnPlan(origins, sites, [*plan.notes, *notes], Step(run, eqn, eqn.invars, eqn.outvars))
+
+def _ended(key: Key, loop: int) -> Key:
+    """The key where this loop has ended."""
+    return key._replace(varies=tuple(each for each in key.varies if each != loop))
 
 
 def _fixed_point(
-    walk: Walk, jaxpr: jex.Jaxpr, given: list[Origin], consts: int, carried: int, loop: int
+    walk: Walk, body: jex.ClosedJaxpr, given: list[Origin], consts: int, end: int, loop: int
 ) -> tuple[Plan, list[Origin]]:
     """The plan of a loop's body, and the origins of what the loop returns.
 
-    What one iteration hands to the next joins what the first one was given, until that changes
-    nothing any more. What is handed on as it came is the same weight in each iteration.
+    Its inputs are constants, carried values up to `end`, and slices of the scanned arrays.
+    A carried value that the body hands on as it came, known by its number, is the same weight in
+    each iteration. What one iteration hands to the next otherwise joins what the first one was
+    given, until that changes nothing any more.
     """
-    end = consts + carried
-    carry, kept = list(given[consts:end]), [not o.data for o in given[consts:end]]
-    names = [walk.number(loop, i) for i in range(carried)]
 
     def varying(o: Origin) -> Origin:
         return o if o.data else o._replace(loops=o.loops | {loop})
 
+    def outside(o: Origin) -> Origin:
+        return o._replace(loops=o.loops - {loop}, number=None)
+
+    def joined(old: Origin, new: Origin) -> Origin:
+        if new.number == old.number:
+            return old
+        return varying(walk.joined([old, new]))._replace(number=old.number)
+
+    carry = [o._replace(number=walk.number(loop, i)) for i, o in enumerate(given[consts:end])]
     while True:
-        inside = [
-            (o if same else varying(o))._replace(same=name)
-            for o, same, name in zip(carry, kept, names, strict=True)
-        ]
-        plan = walk.plan(jaxpr, [*given[:consts], *inside, *map(varying, given[end:])])
-        results = [o._replace(loops=o.loops - {loop}, same=None) for o in plan.origins]
-        still = [
-            same and o.same == name
-            for same, o, name in zip(kept, plan.origins[:carried], names, strict=True)
-        ]
-        joined = [
-            old if same else walk.joined([old, new])
-            for same, old, new in zip(still, carry, results[:carried], strict=True)
-        ]
-        if (joined, still) == (carry, kept):
-            return plan, [*carry, *results[carried:]]
-        carry, kept = joined, still
+        plan = walk.plan(body, [*given[:consts], *carry, *map(varying, given[end:])])
+        handed_on, others = plan.origins[: end - consts], plan.origins[end - consts :]
+        after = list(map(joined, carry, handed_on))
+        if after == carry:
+            break
+        carry = after
+    returned = [
+        first if new.number == old.number else outside(old)
+        for first, old, new in zip(given[consts:end], carry, handed_on, strict=True)
+    ]
+    return plan, [*returned, *map(outside, others)]
 
 
-def zeros_of(f: Callable[..., Statistics], inputs: Sequence[Any]) -> Statistics:
-    """Zeros like what `f` would return for values of the types of these variables."""
-    closed, like = jax.make_jaxpr(f, return_shape=True)(*(v.aval for v in inputs))
+def zeros_of(run: Callable[..., Any], inputs: Sequence[Any]) -> Statistics:
+    """Zeros like the statistics of `run`, its second result, for inputs like these variables."""
+    seen = lambda *args: run(*args)[1]  # noqa: E731
+    closed, like = jax.make_jaxpr(seen, return_shape=True)(*(v.aval for v in inputs))
 
     def zeros(of: Any) -> Array:
         a, varying = jnp.zeros(of.shape, of.dtype), tuple(of.manual_axis_type.varying)

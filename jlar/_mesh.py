@@ -20,6 +20,12 @@ class Split(NamedTuple):
     m: tuple[str, ...] = ()  # Outputs: the rows of W
     n: tuple[str, ...] = ()  # Inputs: the columns of W
     columns: tuple[str, ...] = ()  # Inputs: the columns of X
+    stack: tuple[str, ...] = ()  # Stacked matrices
+    scattered: tuple[str, ...] = ()  # Y as well, where a reduce_scatter sums it over the inputs
+
+    def beyond(self, axes: Iterable[str]) -> "Split":
+        """What is left where these axes have ended."""
+        return Split(*(tuple(name for name in names if name not in axes) for names in self))
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ class Origin(NamedTuple):
     """The scans in which it is another weight in each iteration."""
     split: frozenset[str] = frozenset()
     """The mesh axes along which the devices of a shard_map hold different parts of it."""
-    same: int | None = None
+    number: int | None = None
     """Two numbers, or two values carried by a loop, for which this is equal are equal."""
     joins: tuple[tuple[int, int, Any], ...] = ()
     """The start, end and origin of each value that a vector concatenates (ravel_pytree)."""
@@ -59,7 +59,7 @@ def made_by(
     `lookups` holds, for each weight, the indices it was looked up by so far.
     """
     name, params = eqn.primitive.name, eqn.params
-    joins, origin = origin.joins, origin._replace(same=None, joins=())
+    joins, origin = origin.joins, origin._replace(number=None, joins=())
     shape: tuple[int, ...] = eqn.invars[0].aval.shape if eqn.invars else ()
     if name == "concatenate" and len(shape) == 1:
         ends = pairwise(accumulate((a.aval.size for a in eqn.invars), initial=0))
@@ -78,7 +78,7 @@ def made_by(
         # Another index is another matrix, whatever its value is; the first is called as the leaf.
         seen = lookups.setdefault((origin.leaves, origin.cut, origin.layout, shape), [])
         by = zip(given[1:], eqn.invars[1:], strict=True)
-        index = [id(atom) if o.same is None else o.same for o, atom in by]
+        index = [id(atom) if o.number is None else o.number for o, atom in by]
         seen += [] if index in seen else [index]
         return [origin if index == seen[0] else _named(origin, f"?{seen.index(index)}")]
     return [origin] * len(eqn.outvars)

@@ -1,18 +1,19 @@
 """Products of a weight and data as JAX's primitives have them, and the statistics of one."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from . import _checks as check
 from . import _mesh as mesh
-from ._energies import energy
+from ._energies import Energies, energies
+from ._grams import grams
 from ._origin import Origin
 from ._pool import counts, pair
 
@@ -29,6 +30,8 @@ class Product:
     m: int
     tokens: Shape
     stack: Shape
+    stacked: ClassVar[tuple[int | None, ...]] = (0, 0, 0, None)
+    """Of W, X, Y and mask as `matrices` returns them, those whose leading axes are the stack."""
 
     def facing(self, weight: Origin) -> str:
         """Which side of the leaf the inputs are on, as far as it is followed."""
@@ -43,46 +46,43 @@ class Product:
 class Dot(Product):
     """A `dot_general`: contracted axes are inputs, free ones outputs (of W) or tokens (of X)."""
 
-    W: tuple[Axes, Axes, Axes]  # The axes of W that are stacked, outputs and inputs
-    X: tuple[Axes, Axes, Axes]  # The axes of X that are stacked, tokens and inputs
-    Y: tuple[Axes, Axes, Axes]  # The axes of Y that are stacked, tokens and outputs
+    W_axes: tuple[Axes, Axes, Axes]  # Those that are stacked, outputs and inputs
+    X_axes: tuple[Axes, Axes, Axes]  # Those that are stacked, tokens and inputs
+    Y_axes: tuple[Axes, Axes, Axes]  # Those that are stacked, tokens and outputs
 
     def facing(self, weight: Origin) -> str:
         """The contracted axes; of a transposed matrix those that they were."""
-        axes, layout, matrix = self.W[2], weight.layout, sum(map(len, self.W)) == 2
+        axes, layout, matrix = self.W_axes[2], weight.layout, sum(map(len, self.W_axes)) == 2
         if matrix and layout.endswith(".T"):
             return layout.removesuffix(".T") + str(tuple(1 - axis for axis in axes))
         return layout + str(axes)
 
     def squares(self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array) -> Squares:
-        """Those of Y, X and W, over their axes as they lie: nothing is transposed or merged."""
-        if keep is not None:
-            X, Y = _masked(X, keep, self.X[1]), _masked(Y, keep, self.Y[1])
-        return _over(Y, self.Y[0], acc), _over(X, self.X[0], acc), _over(W, self.W[0], acc)
+        """Over their axes as they lie: nothing is transposed or merged."""
+        stacked_W, stacked_X, stacked_Y = self.W_axes[0], self.X_axes[0], self.Y_axes[0]
+        X, Y = _masked(X, keep, self.X_axes[1]), _masked(Y, keep, self.Y_axes[1])
+        return _over(Y, stacked_Y, acc), _over(X, stacked_X, acc), _over(W, stacked_W, acc)
 
-    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array | None) -> Any:
-        """W (stack, m, n), X (stack, *tokens, n), Y (stack, *tokens, m) and what is stacked."""
-        W = jnp.transpose(W, sum(self.W, ())).reshape(*self.stack, self.m, self.n)
-        X = jnp.transpose(X, sum(self.X, ())).reshape(*self.stack, *self.tokens, self.n)
-        if Y is not None:
-            Y = jnp.transpose(Y, sum(self.Y, ())).reshape(*self.stack, *self.tokens, self.m)
-        return (W, X, Y, keep), (0, 0, 0, None)
+    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Any:
+        """W (*stack, m, n), X (*stack, *tokens, n), Y (*stack, *tokens, m) and the mask."""
+        operands = (W, self.W_axes), (X, self.X_axes), (Y, self.Y_axes)
+        W, X, Y = (jnp.transpose(a, sum(axes, ())) for a, axes in operands)
+        W = W.reshape(*self.stack, self.m, self.n)
+        tokens = *self.stack, *self.tokens
+        return W, X.reshape(*tokens, self.n), Y.reshape(*tokens, self.m), keep
 
 
-def dot(params: dict[str, Any], shapes: list[Shape], left: bool) -> Dot:
-    """The product of operands of these shapes, of which the left or the right one is the weight."""
-    contracted, batch = params["dimension_numbers"]
-    axes = []
+def dot(eqn: Any, left: bool) -> Dot:
+    """The product, of which the left or the right operand is the weight."""
+    contracted, batch = eqn.params["dimension_numbers"]
+    shapes, axes = [atom.aval.shape for atom in eqn.invars], []
     for shape, inner, stacked in zip(shapes, contracted, batch, strict=True):
         free = tuple(d for d in range(len(shape)) if d not in (*inner, *stacked))
         axes.append((tuple(stacked), free, tuple(inner)))
     # Y has the stacked axes first, then the free ones of the left and of the right operand.
-    ends = (
-        len(batch[0]),
-        len(batch[0]) + len(axes[0][1]),
-        sum(len(a) for a in (*axes[0][:2], axes[1][1])),
-    )
-    of_Y = [tuple(range(start, end)) for start, end in zip((0, *ends), ends, strict=False)]
+    numbers = itertools.count()
+    in_order = (axes[0][0], axes[0][1], axes[1][1])
+    stacked, *free = (tuple(itertools.islice(numbers, len(each))) for each in in_order)
     w, x = (0, 1) if left else (1, 0)
     stack, outputs, inputs = (tuple(shapes[w][d] for d in group) for group in axes[w])
     return Dot(
@@ -90,9 +90,9 @@ def dot(params: dict[str, Any], shapes: list[Shape], left: bool) -> Dot:
         m=math.prod(outputs),
         tokens=tuple(shapes[x][d] for d in axes[x][1]),
         stack=stack,
-        W=axes[w],
-        X=axes[x],
-        Y=(of_Y[0], of_Y[1 + x], of_Y[1 + w]),
+        W_axes=axes[w],
+        X_axes=axes[x],
+        Y_axes=(stacked, free[x], free[w]),
     )
 
 
@@ -100,74 +100,70 @@ def dot(params: dict[str, Any], shapes: list[Shape], left: bool) -> Dot:
 class Conv(Product):
     """A convolution: the product of a kernel with the patches of X; groups are stacked."""
 
-    geometry: tuple[tuple[str, Any], ...]
-    groups: int
+    numbers: jax.lax.ConvDimensionNumbers
+    geometry: tuple[tuple[str, Any], ...]  # Strides, padding and dilations
 
     def _kernel(self, W: Array) -> Array:
-        """W as (groups, m, n)."""
-        axes = dict(self.geometry)["dimension_numbers"].rhs_spec
-        return jnp.transpose(W, axes).reshape(self.groups, self.m, self.n)
-
-    def _results(self, Y: Array) -> Array:
-        """Y as (groups, *tokens, m)."""
-        axes = dict(self.geometry)["dimension_numbers"].out_spec
-        return self._by_group(jnp.transpose(Y, axes), self.m)
+        W = jnp.transpose(W, self.numbers.rhs_spec)
+        return W.reshape(*self.stack, self.m, self.n)
 
     def _by_group(self, a: Array, features: int) -> Array:
-        a = a.reshape(a.shape[0], self.groups, features, *a.shape[2:])
-        return jnp.moveaxis(a, (1, 2), (0, -1))
+        """What lies as Y does, with so many features of each group: (*stack, *tokens, features)."""
+        a = jnp.transpose(a, self.numbers.out_spec)
+        a = a.reshape(a.shape[0], math.prod(self.stack), features, *a.shape[2:])
+        return jnp.moveaxis(a, (1, 2), (0, -1)).reshape(*self.stack, *self.tokens, features)
 
     def squares(self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array) -> Squares:
         """The squares of all patches are a convolution of those of X with a kernel of ones."""
-        numbers, shape = dict(self.geometry)["dimension_numbers"], list(W.shape)
-        shape[numbers.rhs_spec[0]] = self.groups
+        shape = list(W.shape)
+        shape[self.numbers.rhs_spec[0]] = math.prod(self.stack)
         patches = jax.lax.conv_general_dilated(
             jnp.square(X.astype(acc)),
             jnp.ones(shape, acc),
             **dict(self.geometry),
-            feature_group_count=self.groups,
+            dimension_numbers=self.numbers,
+            feature_group_count=math.prod(self.stack),
             precision=jax.lax.Precision.HIGHEST,
         )
-        patches = self._by_group(jnp.transpose(patches, numbers.out_spec), 1)[..., 0]
-        W, Y = self._kernel(W), self._results(Y)
-        if keep is not None:
-            patches, Y = (jax.vmap(check.zero_masked, (0, None))(a, keep) for a in (patches, Y))
-        x = jnp.sum(patches, axis=tuple(range(1, patches.ndim)))
-        y, w = _over(Y, (0,), acc), _over(W, (0,), acc)
-        return y.reshape(self.stack), x.reshape(self.stack), w.reshape(self.stack)
+        stack = tuple(range(len(self.stack)))
+        tokens = tuple(range(len(stack), len(stack) + len(self.tokens)))
+        patches = _masked(self._by_group(patches, 1), keep, tokens)
+        Y = _masked(self._by_group(Y, self.m), keep, tokens)
+        x = jnp.sum(patches, axis=(*tokens, -1))
+        return _over(Y, stack, acc), x, _over(self._kernel(W), stack, acc)
 
-    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array | None) -> Any:
-        """As of `Dot`, with X as patches."""
-        numbers = dict(self.geometry)["dimension_numbers"]
+    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Any:
+        """As of `Dot`, with patches for X."""
         patches = jax.lax.conv_general_dilated_patches(
             X,
-            [W.shape[d] for d in numbers.rhs_spec[2:]],
+            [W.shape[d] for d in self.numbers.rhs_spec[2:]],
             **dict(self.geometry),
+            dimension_numbers=self.numbers,
             precision=jax.lax.Precision.HIGHEST,
         )
-        patches = self._by_group(jnp.transpose(patches, numbers.out_spec), self.n)
-        W, Y = self._kernel(W), None if Y is None else self._results(Y)
-        if not self.stack:
-            W, patches, Y = W[0], patches[0], None if Y is None else Y[0]
-        return (W, patches, Y, keep), (0, 0, 0, None)
+        X, Y = self._by_group(patches, self.n), self._by_group(Y, self.m)
+        return self._kernel(W), X, Y, keep
 
 
-def conv(params: dict[str, Any], shapes: list[Shape], left: bool) -> Conv | str:
+def conv(eqn: Any, left: bool) -> Conv | str:
     """The product with patches of the left operand, or why it is none."""
+    params = eqn.params
     if left:
         return "the input of a convolution, not its kernel"
     if params["batch_group_count"] != 1:
         return "a convolution whose batch is grouped (batch_group_count)"
     numbers, groups = params["dimension_numbers"], params["feature_group_count"]
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
-    geometry = tuple((name, params[name]) for name in names)
-    convolve = partial(jax.lax.conv_general_dilated, **dict(geometry), feature_group_count=groups)
-    result = jax.eval_shape(convolve, *(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes))
-    outputs, *inputs = (shapes[1][d] for d in numbers.rhs_spec)
-    batch, _, *positions = (result.shape[d] for d in numbers.out_spec)
-    stack = (groups,) if groups > 1 else ()
-    tokens = (batch, *positions)
-    return Conv(math.prod(inputs), outputs // groups, tokens, stack, geometry, groups)
+    outputs, *inputs = (eqn.invars[1].aval.shape[d] for d in numbers.rhs_spec)
+    batch, _, *positions = (eqn.outvars[0].aval.shape[d] for d in numbers.out_spec)
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    return Conv(
+        n=math.prod(inputs),
+        m=outputs // groups,
+        tokens=(batch, *positions),
+        stack=(groups,) if groups > 1 else (),
+        numbers=numbers,
+        geometry=tuple((name, params[name]) for name in names),
+    )
 
 
 @dataclass(frozen=True)
@@ -175,6 +171,7 @@ class Ragged(Product):
     """A `ragged_dot`: consecutive tokens belong to one of several stacked matrices (experts)."""
 
     transposed: bool  # Whether W is stored (groups, n, m)
+    stacked = (0, None, None, 0)
 
     def _group(self, sizes: Array) -> Array:
         """The group of each token; one past the last for tokens of none."""
@@ -188,59 +185,85 @@ class Ragged(Product):
     def counts(self, keep: Array | None, acc: Any, *sizes: Array) -> Float[Array, "*stack 3 2"]:
         """Each group has its own tokens."""
         one = jnp.ones(self.tokens, jnp.int32)
-        tokens = (one if keep is None else keep.astype(jnp.int32)), one
-        counted = (self._per_group(each, *sizes) for each in tokens)
-        ones = jnp.ones(self.stack, jnp.int32)
-        return pair(jnp.stack([ones, *counted], axis=-1), acc)
+        kept = one if keep is None else keep.astype(jnp.int32)
+        tokens = [self._per_group(each, *sizes) for each in (kept, one)]
+        return pair(jnp.stack([jnp.ones(self.stack, jnp.int32), *tokens], axis=-1), acc)
 
     def squares(
         self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array, sizes: Array
     ) -> Squares:
         """X and Y are read once: sums per token, then per group."""
-        X, Y = (check.zero_masked(a, keep) for a in (X, Y))
-        y, x = (jnp.sum(jnp.square(a.astype(acc)), axis=-1) for a in (Y, X))
-        return self._per_group(y, sizes), self._per_group(x, sizes), _over(W, (0,), acc)
+        X, Y = _masked(X, keep, (0,)), _masked(Y, keep, (0,))
+        y, x = (self._per_group(_over(a, (0,), acc), sizes) for a in (Y, X))
+        return y, x, _over(W, (0,), acc)
 
-    def matrices(
-        self, keep: Array | None, W: Array, X: Array, Y: Array | None, sizes: Array
-    ) -> Any:
+    def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array, sizes: Array) -> Any:
         """One W per group, all of X and Y, and the mask of the group's tokens."""
         group = jnp.arange(self.stack[0], dtype=jnp.int32)
         mine = self._group(sizes)[None, :] == group[:, None]
         W = jnp.swapaxes(W, 1, 2) if self.transposed else W
-        return (W, X, Y, mine if keep is None else mine & keep[None, :]), (0, None, None, 0)
+        return W, X, Y, mine if keep is None else mine & keep[None, :]
 
 
-def ragged(params: dict[str, Any], shapes: list[Shape], left: bool) -> Ragged | str:
+def ragged(eqn: Any, left: bool) -> Ragged | str:
     """The grouped product of X (t, n) and W (groups, n, m), or why it is none."""
-    numbers = params["ragged_dot_dimension_numbers"]
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
     (lhs, rhs), (batch, _) = numbers.dot_dimension_numbers
     plain = tuple(lhs) == (1,) and not batch and tuple(numbers.lhs_ragged_dimensions) == (0,)
     if left or not plain or tuple(numbers.rhs_group_dimensions) != (0,):
         return "a ragged product other than X (tokens, n) with W (groups, n, m)"
     transposed = tuple(rhs) == (1,)
-    groups, *sides = shapes[1]
+    X, W = (atom.aval.shape for atom in eqn.invars[:2])
+    groups, *sides = W
     n, m = sides if transposed else sides[::-1]
-    return Ragged(n, m, shapes[0][:1], (groups,), transposed)
+    return Ragged(n, m, X[:1], (groups,), transposed)
 
 
-PRODUCTS: dict[str, Callable[[dict[str, Any], list[Shape], bool], Any]] = {
+PRODUCTS: dict[str, Callable[[Any, bool], Any]] = {
     "dot_general": dot,
     "conv_general_dilated": conv,
     "ragged_dot_general": ragged,
 }
+"""The product of an equation whose left or right operand is the weight, or why it is none."""
 
 
 def _over(a: Array, stacked: Axes, acc: Any) -> Float[Array, "*stack"]:
     """Sums of squares over all axes but the stacked ones, those in their given order."""
-    if not stacked:
-        return energy(a, acc)
     others = tuple(d for d in range(a.ndim) if d not in stacked)
     order = [sorted(stacked).index(d) for d in stacked]
     return jnp.transpose(jnp.sum(jnp.square(a.astype(acc)), axis=others), order)
 
 
-def _masked(a: Array, keep: Bool[Array, "..."], tokens: Axes) -> Array:
+def _masked(a: Array, keep: Bool[Array, "..."] | None, tokens: Axes) -> Array:
     """`a` with zeros where its tokens, which lie along these axes in this order, do not count."""
+    if keep is None:
+        return a
     keep = jax.lax.broadcast_in_dim(keep, a.shape, tokens)
     return jnp.where(keep, a, jnp.zeros((), a.dtype))
+
+
+def statistics(
+    measure: Callable[..., PyTree],
+    product: Any,
+    split: mesh.Split,
+    keep: Array | None,
+    *operands: Any,
+) -> PyTree:
+    """`measure` of a product's W, X, Y (and group sizes) on one device, without gradient."""
+    W, X, Y, *sizes = jax.lax.stop_gradient(tuple(map(jnp.asarray, operands)))
+    acc = check.accumulator(W, X, Y)
+    if measure is energies:
+        squares = product.squares(keep, acc, W, X, Y, *sizes)
+        n = product.n * mesh.size(split.n)
+        return Energies.of(squares, product.counts(keep, acc, *sizes), n)
+
+    def one(W: Array, X: Array, Y: Array, keep: Array | None) -> PyTree:
+        if measure is grams:
+            return grams(W, X, mask=keep, axes=mesh.Split(n=split.n, columns=split.n))
+        X, Y = X.reshape(-1, X.shape[-1]), Y.reshape(-1, Y.shape[-1])
+        sums = measure(W, X, Y, None if keep is None else keep.reshape(-1))
+        return jax.tree.map(jnp.asarray, sums)
+
+    for _ in product.stack:
+        one = jax.vmap(one, product.stacked)
+    return one(*product.matrices(keep, W, X, Y, *sizes))

@@ -10,13 +10,12 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import ArrayLike, PyTree
 
 from . import _devices as devices
 from . import _mesh as mesh
-from ._evaluate import evaluate, summed
 from ._origin import DATA, UNKNOWN, Origin
-from ._plan import Key
+from ._plan import Key, summed
 from ._rules import RULES
 from ._walk import Walk
 
@@ -41,31 +40,24 @@ class Program:
         leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(args[0], _is_array))
         self.leaves = [leaf for _, leaf in leaves]
         self.paths = _names([path for path, _ in leaves])
-        values = [*self.closed.jaxpr.invars, *self.closed.jaxpr.constvars]
-        splits = [v.aval.manual_axis_type.varying for v in values]
-        origins = [
-            Origin(leaves=frozenset({i})) if is_weight(leaf) else DATA
-            for i, leaf in enumerate(self.leaves)
-        ]
-        origins += [DATA] * (len(values) - len(leaves))
-        origins = [
-            o._replace(split=split) if split else o
-            for o, split in zip(origins, splits, strict=True)
-        ]
+        origins, jaxpr = [], self.closed.jaxpr
+        for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars], start=-len(jaxpr.constvars)):
+            weight = 0 <= i < len(self.leaves) and is_weight(self.leaves[i])
+            origin = Origin(leaves=frozenset({i})) if weight else DATA
+            origins.append(origin._replace(split=v.aval.manual_axis_type.varying))
         walk = Walk(
             paths=self.paths,
             sizes=[leaf.size for leaf in self.leaves],
             chosen=_chosen(where, self.paths),
             measure=measure,
-            mask=None if mask is None else _booleans(mask),
+            mask=None if mask is None else jnp.asarray(mask).astype(bool),
             axes=axes,
             rules=RULES,
-            blind=_blind(),
+            told=devices.told(axes) if _blind() else None,
         )
         self.manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
         walk.mesh_axes.update({axis: jax.lax.axis_size(axis) for axis in self.manual})
-        given = len(self.inputs)
-        self.plan = walk.plan(self.closed.jaxpr, origins[:given], origins[given:])
+        self.plan = walk.plan(self.closed, origins)
         devices.check(axes, set(walk.mesh_axes))
 
     def run(self) -> tuple[Any, dict[str, PyTree]]:
@@ -78,7 +70,7 @@ class Program:
                 "nothing to measure: no array of the first argument multiplies data. What becomes "
                 f"of each of them:\n{Sites.of(self)}"
             )
-        outs, seen = evaluate(self.plan, self.closed.consts, self.inputs)
+        outs, seen = self.plan.run(*self.inputs)
         seen = summed(seen, self.manual) if self.manual else seen
         result = jax.tree.unflatten(jax.tree.structure(self.structure), outs)
         return eqx.combine(result, self.static), {names[key]: seen[key] for key in names}
@@ -89,10 +81,9 @@ class Program:
         Where one leaf is several matrices (a tied one, of which the transposed multiplies as well),
         the one with the most outputs times tokens has the plain name.
         """
-        work: dict[Key, int] = {}
+        work: collections.Counter[Key] = collections.Counter()
         for site in self.plan.sites:
-            key = site.key.beyond(self.manual)
-            work[key] = work.get(key, 0) + key.m * math.prod(site.tokens)
+            work[site.key.beyond(self.manual)] += site.key.m * math.prod(site.tokens)
         plain = {key: self.paths[key.leaf] + re.sub(UNKNOWN, "", key.cut) for key in work}
         names: dict[Key, str] = {}
         for key in sorted(work, key=lambda key: (key.leaf, plain[key], -work[key])):
@@ -110,7 +101,7 @@ def _pure(f: Callable[..., Any]) -> Callable[..., Any]:
         before = jax.tree.leaves(weights)
         result = f(weights, *args, **kwargs)
         after = jax.tree.leaves(weights)
-        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+        if list(map(id, before)) != list(map(id, after)):
             raise ValueError(
                 "the function changes its first argument in place (as a flax NNX module does "
                 "with its random state and running means): that would be lost. Take it apart "
@@ -133,11 +124,6 @@ def _blind() -> bool:
     """Whether this is inside a shard_map whose types do not tell what it splits."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     return any(axis not in mesh.varying(jax.lax.axis_index(axis)) for axis in manual)
-
-
-def _booleans(mask: ArrayLike) -> Array:
-    mask = jnp.asarray(mask)
-    return mask != jnp.zeros((), mask.dtype)
 
 
 def _is_array(a: Any) -> bool:

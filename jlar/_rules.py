@@ -1,6 +1,6 @@
 """How the walk goes through each primitive that holds a program of its own, one rule each."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,49 +9,44 @@ import jax.extend.core as jex
 from jax.sharding import PartitionSpec
 
 from . import _mesh as mesh
-from ._evaluate import STATISTICS, evaluate, summed
 from ._loops import scan, while_loop, zeros_of
 from ._origin import DATA, Origin
-from ._plan import EqnPlan, Plan, Statistics, Step
+from ._plan import STATISTICS, Plan, Statistics, Step, Values, summed
 from ._walk import Walk
 
-Values = Sequence[Any]
 
-
-def _inlined(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
+def _inlined(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """jit and its like: the program inside, in place of the call."""
     closed = _closed(eqn)
     if closed.jaxpr.debug_info.func_src_info == STATISTICS:  # of a capture inside of this one
         return walk.plain(eqn, [DATA])  # what it computes depends on data, and ends here
-    plan = walk.plan(closed.jaxpr, given)
-    placed = partial(map, _placed)
+    plan = walk.plan(closed, given)
 
     def run(*args: Any) -> tuple[Values, Statistics]:
-        given = placed(args, eqn.params.get("in_shardings", [None] * len(args)))
-        outs, seen = evaluate(plan, closed.consts, list(given))
-        return list(placed(outs, eqn.params.get("out_shardings", [None] * len(outs)))), seen
+        outs, seen = plan.run(*_placed(args, eqn.params.get("in_shardings")))
+        return _placed(outs, eqn.params.get("out_shardings")), seen
 
-    return _around(eqn, plan, run)
-
-
-def _placed(a: Any, place: Any) -> Any:
-    asked = isinstance(place, jax.sharding.Sharding)
-    return jax.lax.with_sharding_constraint(a, place) if asked else a
+    return plan._replace(run=run)
 
 
-def _remat(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
+def _placed(values: Values, places: Values | None) -> Values:
+    """The values where a jit asks for them to be."""
+    return [
+        jax.lax.with_sharding_constraint(a, place)
+        if isinstance(place, jax.sharding.Sharding)
+        else a
+        for a, place in zip(values, places or [None] * len(values), strict=True)
+    ]
+
+
+def _remat(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """A block recomputed in the backward pass; its statistics are returned, not recomputed."""
-    closed = _closed(eqn)
-    plan = walk.plan(closed.jaxpr, given)
-    block = jax.checkpoint(
-        lambda *args: evaluate(plan, closed.consts, args),
-        prevent_cse=eqn.params["prevent_cse"],
-        policy=eqn.params["policy"],
-    )
-    return _around(eqn, plan, block, "remat")
+    plan = walk.plan(_closed(eqn), given)
+    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    return plan.inside("remat", run=jax.checkpoint(plan.run, **options))
 
 
-def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
+def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """A function with a derivative of its own, left as it is.
 
     The statistics come from a second, silent evaluation without derivative, which XLA merges with
@@ -61,20 +56,19 @@ def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
         return _inlined(walk, eqn, given)
     if not eqn.outvars:
         return walk.plain(eqn, given)
-    closed, walk = _closed(eqn), walk.silent()
-    plan = walk.plan(closed.jaxpr, given)
+    plan = walk.silent().plan(_closed(eqn), given)
 
     def run(*args: Any) -> tuple[Values, Statistics]:
-        return [], evaluate(plan, closed.consts, jax.lax.stop_gradient(args))[1]
+        return [], plan.run(*jax.lax.stop_gradient(args))[1]
 
-    inside = _around(eqn, plan, run, eqn.primitive.name.removesuffix("_call"))
-    return inside._replace(step=Step(run, eqn, eqn.invars, []), after=eqn.outvars[0])
+    what = eqn.primitive.name.removesuffix("_call")
+    return plan.inside(what, run=None, beside=Step(run, eqn, eqn.invars))
 
 
-def _cond(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
+def _cond(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """The statistics of the branch that runs; zeros, which count 0 tokens, for the others."""
     branches = eqn.params["branches"]
-    plans = [walk.plan(branch.jaxpr, given[1:]) for branch in branches]
+    plans = [walk.plan(branch, given[1:]) for branch in branches]
     # What a number written in the program chooses between is still a weight.
     chosen_by = given[:1] if given[0].data else []
     results = zip(*(plan.origins for plan in plans), strict=True)
@@ -89,35 +83,32 @@ def _cond(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
         sites = []
 
     def run(index: Any, *args: Any) -> tuple[Values, Statistics]:
-        def branch(i: int, *args: Any) -> tuple[Values, Statistics]:
-            return evaluate(plans[i], branches[i].consts, args)
-
         zeros: Statistics = {}
-        for i, each in enumerate(branches):
-            zeros |= zeros_of(lambda *a, i=i: branch(i, *a)[1], each.jaxpr.invars)
+        for plan, branch in zip(plans, branches, strict=True):
+            zeros |= zeros_of(plan.run, branch.jaxpr.invars)
 
-        def full(i: int, *args: Any) -> tuple[Values, Statistics]:
-            outs, seen = branch(i, *args)
+        def full(plan: Plan, *args: Any) -> tuple[Values, Statistics]:
+            outs, seen = plan.run(*args)
             return outs, {**zeros, **seen}
 
-        return jax.lax.switch(index, [partial(full, i) for i in range(len(branches))], *args)
+        return jax.lax.switch(index, [partial(full, plan) for plan in plans], *args)
 
-    return EqnPlan(origins, sites, notes, Step(run, eqn, eqn.invars, eqn.outvars))
+    return Plan(origins, sites, notes, run)
 
 
-def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
+def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """The program of one device; its statistics are those of all of them."""
-    p, closed = eqn.params, _closed(eqn)
-    axes = next(p[name] for name in ("newly_manual_axes", "manual_axes") if name in p)
+    p = eqn.params
+    axes = p["newly_manual_axes"] if "newly_manual_axes" in p else p["manual_axes"]
     inside = [
         o._replace(split=o.split | set(sum(map(mesh.names, spec), ())))
         for o, spec in zip(given, p["in_specs"], strict=True)
     ]
     walk.mesh_axes.update({axis: p["mesh"].shape[axis] for axis in axes})
-    plan = walk.plan(closed.jaxpr, inside)
+    plan = walk.plan(_closed(eqn), inside)
 
     def local(*args: Any) -> tuple[Values, Statistics]:
-        outs, seen = evaluate(plan, closed.consts, args)
+        outs, seen = plan.run(*args)
         return outs, summed(seen, axes)
 
     run = jax.shard_map(
@@ -128,16 +119,12 @@ def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> EqnPlan:
         check_vma=p["check_vma"],
         axis_names=set(axes),
     )
-    inside = _around(eqn, plan, run, "shard_map")
-    return inside._replace(
-        origins=[o._replace(split=o.split - axes) for o in inside.origins],
-        sites=[site._replace(key=site.key.beyond(axes)) for site in inside.sites],
+    return Plan(
+        origins=[o._replace(split=o.split - axes) for o in plan.origins],
+        sites=[site.inside("shard_map", key=site.key.beyond(axes)) for site in plan.sites],
+        notes=plan.notes,
+        run=run,
     )
-
-
-def _around(eqn: Any, plan: Plan, run: Any, what: str = "") -> EqnPlan:
-    sites = [site.inside(what) for site in plan.sites] if what else plan.sites
-    return EqnPlan(plan.origins, sites, plan.notes, Step(run, eqn, eqn.invars, eqn.outvars))
 
 
 def _closed(eqn: Any) -> jex.ClosedJaxpr:
@@ -146,13 +133,13 @@ def _closed(eqn: Any) -> jex.ClosedJaxpr:
     return inner if isinstance(inner, jex.ClosedJaxpr) else jex.ClosedJaxpr(inner, [])
 
 
-RULES: dict[str, Callable[[Walk, Any, list[Origin]], EqnPlan]] = {
-    **dict.fromkeys(("jit", "pjit", "closed_call", "core_call"), _inlined),
-    **dict.fromkeys(("remat2", "remat", "checkpoint"), _remat),
-    **dict.fromkeys(
-        ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_vmap_call"),
-        _custom_derivative,
-    ),
+RULES: dict[str, Callable[[Walk, Any, list[Origin]], Plan]] = {
+    "jit": _inlined,
+    "closed_call": _inlined,
+    "remat2": _remat,
+    "custom_jvp_call": _custom_derivative,
+    "custom_vjp_call": _custom_derivative,
+    "custom_vmap_call": _custom_derivative,
     "scan": scan,
     "while": while_loop,
     "cond": _cond,

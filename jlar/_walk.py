@@ -1,12 +1,15 @@
-"""One walk over a jaxpr: where weights meet data.
+"""One walk over a program: where weights meet data.
 
-The plan of a jaxpr is made without computing anything: each value gets an `Origin`, each product of
-a weight with data becomes a `Site`. What is run by it stands in `_evaluate`.
+Its plan is made without computing anything: each value gets an `Origin`, each product of a weight
+with data becomes a `Site`.
 """
 
+import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax.extend.core as jex
@@ -18,9 +21,8 @@ from . import _mesh as mesh
 from ._energies import energies
 from ._grams import grams
 from ._origin import DATA, Origin, made_by, why
-from ._plan import EqnPlan, Key, Plan, Site, Step
-from ._products import PRODUCTS, Product
-from ._statistics import statistics
+from ._plan import Key, Plan, Site, Step, evaluate
+from ._products import PRODUCTS, Product, statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +35,10 @@ class Walk:
     measure: Callable[..., PyTree]
     mask: Array | None
     axes: mesh.Axes | None
-    rules: Mapping[str, Callable[["Walk", Any, list[Origin]], EqnPlan]]
+    rules: Mapping[str, Callable[["Walk", Any, list[Origin]], Plan]]
     """How the primitives that hold programs of their own are walked."""
-    blind: bool = False
-    """Whether capture was called in a shard_map that tells nothing (check_vma=False)."""
+    told: mesh.Split | None = None
+    """What splits every product, if capture was called where types do not tell: check_vma=False."""
     quiet: bool = False
     """Whether this is a second evaluation, which leaves out what computes nothing but prints."""
     numbers: dict[Any, int] = field(default_factory=dict)
@@ -48,47 +50,48 @@ class Walk:
 
     def silent(self) -> "Walk":
         """The walk of a second evaluation."""
-        return replace(self, quiet=True, plans={}, traces={})
+        return replace(self, quiet=True)
 
     def number(self, *of: Any) -> int:
         """The same number for the same description."""
         return self.numbers.setdefault(of, len(self.numbers))
 
-    def plan(
-        self, jaxpr: jex.Jaxpr, origins: Sequence[Origin], consts: Sequence[Origin] | None = None
-    ) -> Plan:
-        """The plan of a jaxpr whose inputs and constants (by default data) have these origins."""
-        key = id(jaxpr), tuple(origins)
+    def plan(self, program: jex.ClosedJaxpr, origins: Sequence[Origin]) -> Plan:
+        """The plan of a program whose inputs have these origins.
+
+        Those of its constants may precede them; else they are data.
+        """
+        key = self.quiet, id(program.jaxpr), tuple(origins)
         if key not in self.plans:
-            consts = [DATA] * len(jaxpr.constvars) if consts is None else consts
-            env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *origins], strict=True))
-            self.plans[key] = self._plan(jaxpr, env)
+            variables = [*program.jaxpr.constvars, *program.jaxpr.invars]
+            consts = [DATA] * (len(variables) - len(origins))
+            env = dict(zip(variables, [*consts, *origins], strict=True))
+            self.plans[key] = self._plan(program, env)
         return self.plans[key]
 
-    def _plan(self, jaxpr: jex.Jaxpr, env: dict[Any, Origin]) -> Plan:
-        steps, sites, notes = [], [], []
-        waiting: dict[Any, Step | None] = {}
-        for i, eqn in enumerate(jaxpr.eqns):
+    def _plan(self, program: jex.ClosedJaxpr, env: dict[Any, Origin]) -> Plan:
+        steps, beside, sites, notes = [], [], [], []
+        eqns = program.jaxpr.eqns
+        for i, eqn in enumerate(eqns):
             if self.quiet and not eqn.outvars:
                 continue
-            here = self._eqn_plan([self._read(atom, env) for atom in eqn.invars], jaxpr.eqns, i)
+            here = self._eqn_plan([self._read(atom, env) for atom in eqn.invars], eqns, i)
             env.update(zip(eqn.outvars, here.origins, strict=True))
+            steps.append(Step(here.run, eqn, eqn.invars, eqn.outvars) if here.run else eqn)
+            beside += [here.beside] if here.beside else []
             sites += here.sites
             notes += here.notes
-            steps.append(eqn if here.step is None or here.after is not None else here.step)
-            if here.after is not None:
-                waiting[here.after] = here.step
-            steps += [waiting.pop(v) for v in eqn.outvars if v in waiting] if waiting else []
-        results = [self._read(atom, env) for atom in jaxpr.outvars]
-        return Plan(self, jaxpr, steps, results, sites, notes)
+        results = [self._read(atom, env) for atom in program.jaxpr.outvars]
+        run = partial(evaluate, program, [*steps, *beside], self.traces)
+        return Plan(results, sites, notes, run)
 
     def _read(self, atom: Any, env: dict[Any, Origin]) -> Origin:
         if not isinstance(atom, jex.Literal):
             return env[atom]
         # A number written in the program belongs to it; an array is what the function closes over.
-        return DATA if jnp.ndim(atom.val) else Origin(same=self.number(atom.aval, str(atom.val)))
+        return DATA if jnp.ndim(atom.val) else Origin(number=self.number(atom.aval, str(atom.val)))
 
-    def _eqn_plan(self, given: list[Origin], eqns: Sequence[Any], i: int) -> EqnPlan:
+    def _eqn_plan(self, given: list[Origin], eqns: Sequence[Any], i: int) -> Plan:
         eqn, name = eqns[i], eqns[i].primitive.name
         if name in PRODUCTS and any(o.leaves for o in given[:2]) and any(o.data for o in given[:2]):
             return self._product(given, eqns, i)
@@ -96,23 +99,20 @@ class Walk:
             inside = self.rules[name](self, eqn, given)
             # A silent evaluation goes inside wherever something may be printed.
             stays = inside.sites or (self.quiet and eqn.effects)
-            return inside if stays else inside._replace(step=None, after=None)
+            return inside if stays else inside._replace(run=None, beside=None)
         return self.plain(eqn, given)
 
-    def plain(self, eqn: Any, given: list[Origin]) -> EqnPlan:
+    def plain(self, eqn: Any, given: list[Origin]) -> Plan:
         """An equation that is no product of a weight with data and has none inside."""
         name, notes = eqn.primitive.name, []
-        if name in devices.ONE_TO_ONE and len(given) == len(eqn.outvars):
-            origins = [o._replace(same=None, joins=()) for o in given]
-            return EqnPlan(devices.after(eqn, origins))
+        if name in devices.ONE_TO_ONE:
+            origins = [o._replace(number=None, joins=()) for o in given]
+            return Plan(devices.after(eqn, origins))
         large = given
         if name in ("mul", "div") and any(o.leaves for o in given):
             # A scalar of the data cancels on a weight, but data times a scalar weight is data.
-            sizes = [atom.aval.size for atom in eqn.invars]
-            cancels = [
-                o.data and size == 1 < max(sizes) for o, size in zip(given, sizes, strict=True)
-            ]
-            large = [o for o, left_out in zip(given, cancels, strict=True) if not left_out]
+            operands, size = zip(given, eqn.invars, strict=True), eqn.outvars[0].aval.size
+            large = [o for o, atom in operands if not o.data or atom.aval.size == size]
         joined = self.joined(large)
         if joined.data:
             origins = [joined] * len(eqn.outvars)
@@ -122,61 +122,65 @@ class Walk:
             if name in PRODUCTS and not all(o.leaves for o in given[:2]):
                 notes = [(leaf, NUMBERS_ONLY) for leaf in joined.leaves]
         else:
-            computed = name, str(eqn.params), *(o.same for o in given)
+            computed = name, str(eqn.params), *(o.number for o in given)
             origins = [
-                joined._replace(same=self.number(i, *computed)) for i in range(len(eqn.outvars))
+                joined._replace(number=self.number(i, *computed)) for i in range(len(eqn.outvars))
             ]
-        return EqnPlan(devices.after(eqn, origins), notes=notes)
+        return Plan(devices.after(eqn, origins), notes=notes)
 
-    def _product(self, given: list[Origin], eqns: Sequence[Any], i: int) -> EqnPlan:
+    def _product(self, given: list[Origin], eqns: Sequence[Any], i: int) -> Plan:
         """A product of a weight with data: a site if it can be measured and is asked for."""
         eqn, (w, x) = eqns[i], (0, 1) if given[0].leaves else (1, 0)
         weight, origins = given[w], [self.joined(given[:2])]
-        shapes = [atom.aval.shape for atom in eqn.invars[:2]]
-        product: Any = PRODUCTS[eqn.primitive.name](eqn.params, shapes, w == 0)
+        product: Any = PRODUCTS[eqn.primitive.name](eqn, w == 0)
         if unfit := _unfit(product, eqn, given):
-            return EqnPlan(origins, notes=[(each, unfit) for each in weight.leaves])
+            return Plan(origins, notes=[(each, unfit) for each in weight.leaves])
         leaf = self.main(weight.leaves)
         path = self.paths[leaf]
         notes = [(each, f"part of {path}") for each in weight.leaves - {leaf}]
         if leaf not in self.chosen:
-            return EqnPlan(origins, notes=[*notes, (leaf, "not chosen by where=")])
+            return Plan(origins, notes=[*notes, (leaf, "not chosen by where=")])
         if self.mask is not None and not _merges(self.mask.shape, product.tokens):
             raise ValueError(
                 f"mask of shape {self.mask.shape} does not fit the product with {path!r}, whose "
                 f"tokens have shape {product.tokens}: leave that one out with where=, or give it a "
                 "capture of its own without the mask."
             )
-        split, Y = self._split(path, weight.split, given[x].split, product, eqns, i)
-
-        def run(*operands: Any) -> tuple[Sequence[Any], PyTree]:
-            keep = None if self.mask is None else self.mask.reshape(product.tokens)
-            return [], statistics(self.measure, product, split, keep, *operands)
-
-        n, m = (
-            size * math.prod(self.mesh_axes[axis] for axis in axes)
-            for size, axes in ((product.n, split.n), (product.m, split.m))
+        split, Y = self._split(path, weight.split, given[x].split, product), eqn.outvars[0]
+        if split.n and self.measure is energies:
+            split, Y = devices.summed_output(split, path, eqns[i:])
+        key = Key(
+            leaf,
+            weight.cut,
+            product.facing(weight),
+            n=product.n * self._device_count(split.n),
+            m=product.m * self._device_count(split.m),
+            stack=product.stack,
+            split=split,
+            varies=tuple(sorted(weight.loops)),
         )
-        varies, facing = tuple(sorted(weight.loops)), product.facing(weight)
-        key = Key(leaf, weight.cut, facing, n, m, product.stack, split=split, varies=varies)
-        step = Step(run, eqn, [eqn.invars[w], eqn.invars[x], Y, *eqn.invars[2:]], [], key)
-        step = step._replace(same=(product, split))
-        return EqnPlan(origins, [Site(key, product.tokens)], notes, step, after=Y)
+        operands = [eqn.invars[w], eqn.invars[x], Y, *eqn.invars[2:]]
+        run = partial(self._measured, product, split)
+        step = Step(run, eqn, operands, key=key, same=(product, split))
+        return Plan(origins, [Site(key, product.tokens)], notes, beside=step)
+
+    def _measured(
+        self, product: Product, split: mesh.Split, *operands: Array
+    ) -> tuple[Sequence[Any], PyTree]:
+        """What is run at a site: it has no outputs but the statistics of its product."""
+        keep = None if self.mask is None else self.mask.reshape(product.tokens)
+        return [], statistics(self.measure, product, split, keep, *operands)
+
+    def _device_count(self, axes: Iterable[str]) -> int:
+        """Over how many devices these axes split."""
+        return math.prod(self.mesh_axes.get(axis, 1) for axis in axes)
 
     def _split(
-        self,
-        path: str,
-        W: frozenset[str],
-        X: frozenset[str],
-        product: Any,
-        eqns: Sequence[Any],
-        i: int,
-    ) -> tuple[devices.MeshSplit, Any]:
-        """The mesh axes that split a product, and the value that is its Y."""
-        Y = eqns[i].outvars[0]
-        if self.blind:
-            devices.check(self.axes, set(self.mesh_axes))
-            return devices.told(self.axes), Y
+        self, path: str, W: frozenset[str], X: frozenset[str], product: Product
+    ) -> mesh.Split:
+        """The mesh axes that split a product of what is split over these axes."""
+        if self.told is not None:
+            return self.told
         split = devices.split(self.axes, path, W, X, bool(product.stack))
         if self.measure not in (energies, grams) and (split.m or split.n):
             raise ValueError(
@@ -184,18 +188,17 @@ class Walk:
                 "your own is a sum over tokens: take jlar.energies or jlar.grams, or leave it out "
                 "with where=."
             )
-        needs_sum = split.n and self.measure is not grams
-        return devices.outputs(split, path, eqns, i) if needs_sum else (split, Y)
+        return split
 
     def joined(self, given: Sequence[Origin]) -> Origin:
         """The origin of what is computed from all of these."""
         split = frozenset().union(*(o.split for o in given))
         if any(o.data for o in given):
-            return DATA._replace(split=split) if split else DATA
+            return DATA._replace(split=split)
         leaves = frozenset().union(*(o.leaves for o in given))
         loops = frozenset().union(*(o.loops for o in given))
         first = next((o for o in given if leaves and self.main(leaves) in o.leaves), Origin())
-        return first._replace(leaves=leaves, loops=loops, split=split, same=None)
+        return first._replace(leaves=leaves, loops=loops, split=split, number=None)
 
     def main(self, leaves: Iterable[int]) -> int:
         """The largest of these leaves, which names what is made of all of them."""
@@ -224,11 +227,7 @@ def _unfit(product: Product | str, eqn: Any, given: list[Origin]) -> str:
 
 def _merges(whole: tuple[int, ...], merged: tuple[int, ...]) -> bool:
     """Whether the second shape is the first with neighbouring axes merged; ones do not count."""
-    axes = [size for size in whole if size != 1]
-    for size in merged:
-        product = 1
-        while product < size and axes:
-            product *= axes.pop(0)
-        if product != size:
-            return False
-    return not axes
+    ends = set(itertools.accumulate(whole, operator.mul, initial=1))
+    return math.prod(whole) == math.prod(merged) and ends.issuperset(
+        itertools.accumulate(merged, operator.mul)
+    )
