@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from . import _checks as check
 from ._checks import Inputs, Mask, Weights
-from ._energies import Energies
+from ._energies import Energies, is_reliable
 from ._mesh import Axes, Split, names, size, total, vary_as
 from ._pool import Pool, counts
 from ._spectra import Spectra
@@ -70,9 +70,7 @@ class Grams(Pool):
 
     def _reliable_trace(self, gram: Float[Array, "*stack n n"]) -> Float[Array, "*stack"]:
         trace = _trace(gram)
-        least = float(jnp.finfo(trace.dtype).tiny) * 2.0**66  # as in Energies.lar
-        reliable = (trace > least) & jnp.isfinite(trace) & (self.calls <= 2**16)
-        return jnp.where(reliable, trace, jnp.nan)
+        return jnp.where(is_reliable(trace) & (self.calls <= 2**16), trace, jnp.nan)
 
     def spectra(self) -> Spectra:
         """p and q by one n x n `eigh`, O(n^3), without gradient; nan as of `jlar.spectra`.

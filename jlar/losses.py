@@ -143,7 +143,7 @@ def cross_entropy(
     loss = loss if reduction == "none" else total(loss, split.t, split)
     if reduction == "mean":
         loss = loss / total(jnp.sum(factors), split.t, split)
-    return loss, jax.lax.stop_gradient(sums(W, X, y, keep, math.prod(tokens), split))
+    return loss, jax.lax.stop_gradient(sums(W, X, y, keep, split))
 
 
 def _check_split(split: Split, axes: Axes | None) -> None:
