@@ -34,7 +34,7 @@ def check_width(n: int, name: str) -> None:
     """ValueError unless n may be the base of the logarithm."""
     need(
         n >= 2,
-        f"the input width n, the base of the logarithm, must be at least 2; got n = {n} from {name}",
+        f"the input width n, base of the logarithm, must be at least 2; got n = {n} from {name}.",
     )
 
 
@@ -67,19 +67,19 @@ def operands(
     )
     check_varies(W, "W", split.m + split.n)
     check_varies(X, "X", split.t + split.columns)
-    keep = None if mask is None else kept(mask, X.shape[:-1])
+    keep = None if mask is None else per_token(mask, "mask", X.shape[:-1]).astype(bool)
     return W, zero_masked(X, keep), keep, split
 
 
-def kept(mask: ArrayLike, tokens: tuple[int, ...], name: str = "mask") -> Bool[Array, "..."]:
-    """The mask as a boolean array over the token axes, or ValueError."""
-    mask = jnp.asarray(mask)
+def per_token(a: ArrayLike, name: str, tokens: tuple[int, ...]) -> Array:
+    """`a` as an array of real numbers over the token axes, or ValueError."""
+    a = real_array(a, name)
     need(
-        mask.shape == tokens,
-        f"{name} must have one entry per token, shape {tokens}; got shape {mask.shape}. "
-        "Write 1 (or True) for tokens to keep; use jnp.broadcast_to for a mask shared by axes.",
+        a.shape == tokens,
+        f"{name} must have one entry per token, shape {tokens}; got shape {a.shape}: use "
+        "jnp.broadcast_to for what token axes share.",
     )
-    return mask.astype(bool)
+    return a
 
 
 def zero_masked(X: Array, keep: Array | None) -> Array:

@@ -22,14 +22,10 @@ def log_ratio(log_overlap: Float[Array, "*stack"], n: int) -> Float[Array, "*sta
 def effective_dimension(lar: Float[ArrayLike, "*stack"], n: int) -> Float[Array, "*stack"]:
     r"""The number of directions a layer of this alignment uses.
 
-    $k = n^{2(1-LAR)} = 1/\sum_i p_i q_i$, equation (6) of Shehper and Vaswani, arXiv 2605.28975.
-    If p is uniform on k directions that hold all of q, this returns exactly k: LAR = 1 gives 1,
-    LAR = 1/2 (no alignment) gives n, and anything below 1/2 gives more than n. Unlike LAR it
-    compares across widths.
-
-    Args:
-        lar: log-alignment ratios, any shape.
-        n: input width of the layer, the base of the logarithm; at least 2.
+    $k = n^{2(1-LAR)} = 1/\sum_i p_i q_i$, equation (6) of Shehper and Vaswani, arXiv 2605.28975,
+    for LARs of any shape and the input width n >= 2. If p is uniform on k directions that hold all
+    of q, this returns exactly k: LAR = 1 gives 1, LAR = 1/2 (no alignment) gives n, and less gives
+    more than n. Unlike LAR it compares across widths.
 
     Returns:
         k, of the shape of `lar`, at least float32, in [1, inf]; nan where `lar` is nan.
@@ -41,8 +37,7 @@ def effective_dimension(lar: Float[ArrayLike, "*stack"], n: int) -> Float[Array,
     """
     check.check_width(n, "the argument n")
     lar = check.real_array(lar, "lar")
-    lar = lar.astype(check.accumulator(lar))
-    return jnp.exp(2 * (1 - lar) * math.log(n))
+    return jnp.exp(2 * (1 - lar.astype(check.accumulator(lar))) * math.log(n))
 
 
 class Energies(Pool):
@@ -80,7 +75,8 @@ class Energies(Pool):
     ) -> "Energies":
         """From the squares of Y, X and W, and the pairs of counts, of each or the same for all."""
         high = jnp.stack([*squares], axis=-1)
-        pairs = jnp.stack([high, jnp.zeros_like(high)], axis=-1)
+        low = jnp.zeros_like(high)
+        pairs = jnp.stack([high, low], axis=-1)
         counts = jnp.expand_dims(counts, range(pairs.ndim - counts.ndim))
         # Added to zeros and not broadcast, to be sharded as the stack is.
         return cls(jnp.concatenate([pairs, jnp.zeros_like(pairs) + counts], axis=-2), n)
@@ -154,16 +150,16 @@ def sums(W: Array, X: Array, y: Float[Array, ""], keep: Array | None, split: Spl
 
 
 def _of_output(
-    f: Callable[[Array], Any], W: Array, X: Array, Y: ArrayLike | None, keep: Any, split: Split
+    reduce: Callable[[Array], Any], W: Array, X: Array, Y: ArrayLike | None, keep: Any, split: Split
 ) -> Any:
-    """`f` of the Y given, with its masked tokens zero, or of the product."""
+    """What `reduce` makes of the Y given, with its masked tokens zero, or of the product."""
     if Y is not None:
         Y, shape = check.real_array(Y, "Y"), (*X.shape[:-1], W.shape[0] * size(split.gathered))
         check.need(
             Y.shape == shape,
             f"Y must be X @ W.T, of shape {shape}, before bias and soft-cap; got shape {Y.shape}.",
         )
-        return f(check.zero_masked(Y, keep))
+        return reduce(check.zero_masked(Y, keep))
     check.need(
         not (unknown := split.n + split.columns + split.gathered),
         f"Y must be given where the axes {unknown} split W or X so that no device can compute "
@@ -171,7 +167,7 @@ def _of_output(
         "take jlar.grams(...).energies, which needs none.",
     )
     acc = check.accumulator(W, X)
-    return unsharded(lambda W, X: f(check.product(X, W, acc)))(W, X)
+    return unsharded(lambda W, X: reduce(check.product(X, W, acc)))(W, X)
 
 
 def energies(
