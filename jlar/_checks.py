@@ -116,7 +116,8 @@ def unit(A: Array, acc: jnp.dtype, split: Split) -> tuple[Array, Int[Array, ""]]
     """
     A = multiplied(A, acc)
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(A)), initial=0).astype(acc)
-    _, exponent = jnp.frexp(jax.lax.pmax(largest, tuple(frozenset().union(*split))))
+    axes = tuple(frozenset().union(*split))
+    _, exponent = jnp.frexp(jax.lax.pmax(largest, axes) if axes else largest)
     limit = jnp.finfo(A.dtype).maxexp - 2  # so that the factor is neither infinite nor flushed
     exponent = jnp.clip(exponent, -limit, limit)
     return A * jnp.ldexp(jnp.ones((), acc), -exponent).astype(A.dtype), exponent

@@ -177,16 +177,17 @@ def _chunks(a: Array, chunk: int) -> Array:
 def _token_losses(
     Y: Float[Array, "c V"], labels: Int[Array, "c"], factors: Float[Array, "c"], rule: _Rule
 ) -> Float[Array, "c"]:
-    """The formula; its two sums over v go over the devices that split the vocabulary, if any."""
+    """The formula; its two sums over v go over the devices that split the vocabulary."""
     z = Y if rule.soft_cap is None else rule.soft_cap * jnp.tanh(Y / rule.soft_cap)
     first = jax.lax.axis_index(rule.vocabulary) * Y.shape[1] if rule.vocabulary else 0
     # A sum and not a gather: it fuses with the other, and its gradient is not a scatter.
     is_label = labels[:, None] - first == jnp.arange(Y.shape[1])[None]
     label_z = jnp.sum(jnp.where(is_label, z, 0), axis=-1)
     log_sum = jax.nn.logsumexp(z, axis=-1)
-    top = jax.lax.pmax(jax.lax.stop_gradient(log_sum), rule.vocabulary)
-    total_exp, label_z = jax.lax.psum((jnp.exp(log_sum - top), label_z), rule.vocabulary)
-    log_sum = top + jnp.log(total_exp)
+    if rule.vocabulary:
+        top = jax.lax.pmax(jax.lax.stop_gradient(log_sum), rule.vocabulary)
+        over_top, label_z = jax.lax.psum((jnp.exp(log_sum - top), label_z), rule.vocabulary)
+        log_sum = top + jnp.log(over_top)
     loss = log_sum - label_z
     if rule.z_loss:  # 0 times the square would be nan where the square is infinite
         loss += rule.z_loss * jnp.square(log_sum)
