@@ -116,7 +116,7 @@ def unit(A: Array, acc: jnp.dtype, split: Split) -> tuple[Array, Int[Array, ""]]
     """
     A = multiplied(A, acc)
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(A)), initial=0).astype(acc)
-    axes = tuple(frozenset().union(*split))
+    axes = tuple(dict.fromkeys(sum(split, ())))
     _, exponent = jnp.frexp(jax.lax.pmax(largest, axes) if axes else largest)
     limit = jnp.finfo(A.dtype).maxexp - 2  # so that the factor is neither infinite nor flushed
     exponent = jnp.clip(exponent, -limit, limit)
