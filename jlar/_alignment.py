@@ -48,8 +48,7 @@ def spectra(
     W, X, keep, split = check.operands(W, X, mask, axes)
     acc = check.accumulator(W, X)
     W, X = jax.lax.stop_gradient((W, X))
-    W = check.unit(W, acc, split.m + split.n, split)[0]
-    X = check.unit(X, acc, split.t + split.columns, split)[0]
+    (W, _), (X, _) = check.unit(W, acc, split), check.unit(X, acc, split)
     if method == "gram":
         return grams(W, X, mask=keep, axes=split).spectra()
     check.need(method == "svd", f'method must be "gram" or "svd"; got {method!r}.')
@@ -133,11 +132,11 @@ def principal_dimension(
     check.need(0 < fraction <= 1, f"fraction is a share of the variance, in (0, 1]; got {fraction}")
     check.need(X.ndim >= 2, f"X must have shape (..., n), at least one token axis; got {X.shape}.")
     tokens, acc = X.shape[:-1], check.accumulator(X)
-    keep = jnp.ones(tokens, bool) if mask is None else check.kept(mask, tokens)
+    mask = jnp.ones(tokens, bool) if mask is None else check.per_token(mask, "mask", tokens)
+    keep = mask.astype(bool)
     X = check.zero_masked(jax.lax.stop_gradient(X.astype(acc)), keep)
-    X = check.unit(X, acc, (), Split())[0]
-    count = jnp.sum(keep, dtype=jnp.int32).astype(acc)
-    mean = jnp.sum(X, axis=tuple(range(len(tokens))), keepdims=True) / count
+    X, _ = check.unit(X, acc, Split())
+    mean = jnp.mean(X, tuple(range(len(tokens))), keepdims=True, where=keep[..., None])
     centred = check.zero_masked(X - mean, keep)
     covariance, missing = check.finite_part(gram(centred, acc, (), ()))
     variances = jnp.maximum(jnp.linalg.eigvalsh(covariance)[::-1], 0)

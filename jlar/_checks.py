@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
-from ._mesh import Axes, Split, as_split, check_varies, size, varying
+from ._mesh import Axes, Split, as_split, check_varies, size
 
 # Inputs and outputs have names of their own, because inside shard_map the columns or rows of W may
 # be split over devices where X and Y are whole.
@@ -31,11 +31,10 @@ def real_array(a: ArrayLike, name: str) -> Array:
 
 
 def check_width(n: int, name: str) -> None:
-    """n is the base of the logarithm, so it must be at least 2."""
+    """ValueError unless n may be the base of the logarithm."""
     need(
         n >= 2,
-        "the input width n is the base of the logarithm and must be at least 2; got n = "
-        f"{n} from {name}: leave a layer with one input out.",
+        f"the input width n, base of the logarithm, must be at least 2; got n = {n} from {name}.",
     )
 
 
@@ -58,32 +57,29 @@ def operands(
     (W, X), split = matrices(W, X), as_split(axes)
     m, n = W.shape[0], W.shape[1] * size(split.n)
     check_width(n, "W")
-    if X.shape[-1:] == (n,):
+    if X.shape[-1] == n:
         split = split._replace(columns=())  # X comes whole although W does not
     columns = n // size(split.columns)
-    transposed = X.shape[-1:] == (m,)
     need(
-        X.shape[-1:] == (columns,),
-        f"X must have shape (..., {columns}), tokens first, to match W of shape ({m}, {columns}); "
-        f"got shape {X.shape}."
-        + " W is outputs x inputs: pass a Flax kernel as kernel.T."
-        * transposed,
+        X.shape[-1] == columns,
+        f"X must have shape (..., {columns}), tokens first, to match W of shape ({m}, {columns}), "
+        f"outputs x inputs (pass a Flax kernel as kernel.T); got shape {X.shape}.",
     )
     check_varies(W, "W", split.m + split.n)
     check_varies(X, "X", split.t + split.columns)
-    keep = None if mask is None else kept(mask, X.shape[:-1])
+    keep = None if mask is None else per_token(mask, "mask", X.shape[:-1]).astype(bool)
     return W, zero_masked(X, keep), keep, split
 
 
-def kept(mask: ArrayLike, tokens: tuple[int, ...], name: str = "mask") -> Bool[Array, "..."]:
-    """The mask as a boolean array over the token axes, or ValueError."""
-    mask = jnp.asarray(mask)
+def per_token(a: ArrayLike, name: str, tokens: tuple[int, ...]) -> Array:
+    """`a` as an array of real numbers over the token axes, or ValueError."""
+    a = real_array(a, name)
     need(
-        mask.shape == tokens,
-        f"{name} must have one entry per token, shape {tokens}; got shape {mask.shape}. "
-        "Write 1 (or True) for tokens to keep; use jnp.broadcast_to for a mask shared by axes.",
+        a.shape == tokens,
+        f"{name} must have one entry per token, shape {tokens}; got shape {a.shape}: use "
+        "jnp.broadcast_to for what token axes share.",
     )
-    return mask != jnp.zeros((), mask.dtype)
+    return a
 
 
 def zero_masked(X: Array, keep: Array | None) -> Array:
@@ -91,8 +87,7 @@ def zero_masked(X: Array, keep: Array | None) -> Array:
     if keep is None:
         return X
     # where, not multiplication: a padded token may hold nan, and 0 * nan is nan.
-    keep = keep[(..., *(None,) * (X.ndim - keep.ndim))]
-    return jnp.where(keep, X, jnp.zeros((), X.dtype))
+    return jnp.where(jnp.expand_dims(keep, range(keep.ndim, X.ndim)), X, 0)
 
 
 def accumulator(*arrays: Array) -> jnp.dtype:
@@ -113,17 +108,15 @@ def product(X: Array, W: Array, acc: jnp.dtype) -> Array:
     return jnp.matmul(X, W.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=acc)
 
 
-def unit(
-    A: Array, acc: jnp.dtype, axes: tuple[str, ...], split: Split
-) -> tuple[Array, Int[Array, ""]]:
+def unit(A: Array, acc: jnp.dtype, split: Split) -> tuple[Array, Int[Array, ""]]:
     """A over a power of two, its largest entry between 1/2 and 1, and the exponent of that power.
 
-    So no square overflows, and none that matters is flushed to zero; no mantissa changes. `axes`
-    are those of the split that split A, whose largest entry is that of all devices.
+    So no square overflows, and none that matters is flushed to zero; no mantissa changes. The
+    largest entry is that of all devices.
     """
     A = multiplied(A, acc)
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(A)), initial=0).astype(acc)
-    axes = tuple({*axes, *(varying(largest) & frozenset().union(*split))})
+    axes = tuple(dict.fromkeys(sum(split, ())))
     _, exponent = jnp.frexp(jax.lax.pmax(largest, axes) if axes else largest)
     limit = jnp.finfo(A.dtype).maxexp - 2  # so that the factor is neither infinite nor flushed
     exponent = jnp.clip(exponent, -limit, limit)

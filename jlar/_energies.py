@@ -6,7 +6,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from . import _checks as check
 from ._checks import Inputs, Mask, Outputs, Weights
@@ -22,14 +22,10 @@ def log_ratio(log_overlap: Float[Array, "*stack"], n: int) -> Float[Array, "*sta
 def effective_dimension(lar: Float[ArrayLike, "*stack"], n: int) -> Float[Array, "*stack"]:
     r"""The number of directions a layer of this alignment uses.
 
-    $k = n^{2(1-LAR)} = 1/\sum_i p_i q_i$, equation (6) of Shehper and Vaswani, arXiv 2605.28975.
-    If p is uniform on k directions that hold all of q, this returns exactly k: LAR = 1 gives 1,
-    LAR = 1/2 (no alignment) gives n, and anything below 1/2 gives more than n. Unlike LAR it
-    compares across widths.
-
-    Args:
-        lar: log-alignment ratios, any shape.
-        n: input width of the layer, the base of the logarithm; at least 2.
+    $k = n^{2(1-LAR)} = 1/\sum_i p_i q_i$, equation (6) of Shehper and Vaswani, arXiv 2605.28975,
+    for LARs of any shape and the input width n >= 2. If p is uniform on k directions that hold all
+    of q, this returns exactly k: LAR = 1 gives 1, LAR = 1/2 (no alignment) gives n, and less gives
+    more than n. Unlike LAR it compares across widths.
 
     Returns:
         k, of the shape of `lar`, at least float32, in [1, inf]; nan where `lar` is nan.
@@ -41,8 +37,7 @@ def effective_dimension(lar: Float[ArrayLike, "*stack"], n: int) -> Float[Array,
     """
     check.check_width(n, "the argument n")
     lar = check.real_array(lar, "lar")
-    lar = lar.astype(check.accumulator(lar))
-    return jnp.exp(2 * (1 - lar) * math.log(n))
+    return jnp.exp(2 * (1 - lar.astype(check.accumulator(lar))) * math.log(n))
 
 
 class Energies(Pool):
@@ -80,7 +75,8 @@ class Energies(Pool):
     ) -> "Energies":
         """From the squares of Y, X and W, and the pairs of counts, of each or the same for all."""
         high = jnp.stack([*squares], axis=-1)
-        pairs = jnp.stack([high, jnp.zeros_like(high)], axis=-1)
+        low = jnp.zeros_like(high)
+        pairs = jnp.stack([high, low], axis=-1)
         counts = jnp.expand_dims(counts, range(pairs.ndim - counts.ndim))
         # Added to zeros and not broadcast, to be sharded as the stack is.
         return cls(jnp.concatenate([pairs, jnp.zeros_like(pairs) + counts], axis=-2), n)
@@ -110,13 +106,10 @@ class Energies(Pool):
         """
         y, x, w = self.y, self.x, self.w / self.calls
         overlap = jnp.log(y) - jnp.log(x) - jnp.log(w)
-        # Up to 2^40 squares may have been flushed to zero, each below 2^-126 (float32): together
-        # below 2^-86, a rounding error of a sum above 2^-60. If all of Y was flushed, its sum is
-        # below 2^-86 as well, which is next to nothing where x * w is above 2^-30.
-        least = float(jnp.finfo(y.dtype).tiny) * 2.0**66
-        zero = (y == 0) & (x * w > least**0.5)
-        reliable = (x > least) & (w > least) & ((y > least) | zero)
-        reliable &= jnp.isfinite(y) & jnp.isfinite(x) & jnp.isfinite(w)
+        # If all squares of Y were flushed to zero, their sum is below 2^-86 (float32), which is
+        # next to nothing where x * w is above 2^-30.
+        zero = (y == 0) & (x * w > least_sum(y.dtype) ** 0.5)
+        reliable = is_reliable(x) & is_reliable(w) & (is_reliable(y) | zero)
         return log_ratio(jnp.where(reliable, overlap, jnp.nan), self.n)
 
     @property
@@ -130,9 +123,21 @@ def energy(a: Array, acc: jnp.dtype) -> Float[Array, ""]:
     return jnp.sum(jnp.square(a.astype(acc)))
 
 
-def sums(
-    W: Array, X: Array, y: Float[Array, ""], keep: Array | None, tokens: int, split: Split
-) -> Energies:
+def least_sum(dtype: jnp.dtype) -> float:
+    """The sum of squares below which what was flushed to zero may count: 2^-60 in float32.
+
+    Up to 2^40 squares may have been flushed, each below 2^-126: together they are below 2^-86, a
+    rounding error of a larger sum.
+    """
+    return float(jnp.finfo(dtype).tiny) * 2.0**66
+
+
+def is_reliable(square: Float[Array, "*stack"]) -> Bool[Array, "*stack"]:
+    """Whether a sum of squares is neither so small nor so large that it may be wrong."""
+    return (square > least_sum(square.dtype)) & jnp.isfinite(square)
+
+
+def sums(W: Array, X: Array, y: Float[Array, ""], keep: Array | None, split: Split) -> Energies:
     """Sums over all devices, of W and X in any layout with masked tokens zero, and of their y."""
     acc = check.accumulator(W, X, y)
     squares = (
@@ -140,20 +145,21 @@ def sums(
         total(energy(X, acc), split.t + split.columns, split),
         total(energy(W, acc), split.m + split.n, split),
     )
-    return Energies.of(squares, counts(keep, tokens, acc, split), W.shape[1] * size(split.n))
+    of_tokens = counts(keep, math.prod(X.shape[:-1]), acc, split)
+    return Energies.of(squares, of_tokens, W.shape[1] * size(split.n))
 
 
 def _of_output(
-    f: Callable[[Array], Any], W: Array, X: Array, Y: ArrayLike | None, keep: Any, split: Split
+    reduce: Callable[[Array], Any], W: Array, X: Array, Y: ArrayLike | None, keep: Any, split: Split
 ) -> Any:
-    """`f` of the Y given, with its masked tokens zero, or of the product."""
+    """What `reduce` makes of the Y given, with its masked tokens zero, or of the product."""
     if Y is not None:
         Y, shape = check.real_array(Y, "Y"), (*X.shape[:-1], W.shape[0] * size(split.gathered))
         check.need(
             Y.shape == shape,
             f"Y must be X @ W.T, of shape {shape}, before bias and soft-cap; got shape {Y.shape}.",
         )
-        return f(check.zero_masked(Y, keep))
+        return reduce(check.zero_masked(Y, keep))
     check.need(
         not (unknown := split.n + split.columns + split.gathered),
         f"Y must be given where the axes {unknown} split W or X so that no device can compute "
@@ -161,7 +167,7 @@ def _of_output(
         "take jlar.grams(...).energies, which needs none.",
     )
     acc = check.accumulator(W, X)
-    return unsharded(lambda W, X: f(check.product(X, W, acc)))(W, X)
+    return unsharded(lambda W, X: reduce(check.product(X, W, acc)))(W, X)
 
 
 def energies(
@@ -193,7 +199,7 @@ def energies(
     W, X, keep, split = check.operands(W, X, mask, axes)
     acc = check.accumulator(W, X)
     y = _of_output(lambda Y: energy(Y, acc), W, X, Y, keep, split)
-    return sums(W, X, y, keep, math.prod(X.shape[:-1]), split)
+    return sums(W, X, y, keep, split)
 
 
 def lar(
@@ -227,15 +233,14 @@ def lar(
     """
     W, X, keep, split = check.operands(W, X, mask, axes)
     acc = check.accumulator(W, X)
-    W, W_exponent = check.unit(W, acc, split.m + split.n, split)
-    X, X_exponent = check.unit(X, acc, split.t + split.columns, split)
+    (W, W_exponent), (X, X_exponent) = check.unit(W, acc, split), check.unit(X, acc, split)
 
     def square(Y: Array) -> tuple[Array, Array]:
-        Y, exponent = check.unit(Y, acc, split.t + split.outputs, split)
+        Y, exponent = check.unit(Y, acc, split)
         return energy(Y, acc), exponent
 
     y, exponent = _of_output(square, W, X, Y, keep, split)
     if Y is not None:  # else Y is the product of the W and X that have been scaled
         exponent -= W_exponent + X_exponent
-    unit = sums(W, X, y, keep, math.prod(X.shape[:-1]), split)
+    unit = sums(W, X, y, keep, split)
     return unit.lar + exponent.astype(acc) * (math.log(2) / math.log(unit.n))

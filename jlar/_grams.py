@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from . import _checks as check
 from ._checks import Inputs, Mask, Weights
-from ._energies import Energies
+from ._energies import Energies, is_reliable
 from ._mesh import Axes, Split, names, size, total, vary_as
 from ._pool import Pool, counts
 from ._spectra import Spectra
@@ -54,42 +54,36 @@ class Grams(Pool):
     @property
     def pp(self) -> Float[Array, "*stack"]:
         r"""$\sum_i p_i^2$, from 1/n (uniform) to 1 (rank one), in O(n^2): no eigh."""
-        return jnp.sum(jnp.square(self._excess), axis=(-2, -1)) + 1 / self.x.shape[-1]
+        n = self.w.shape[-1]
+        return n * jnp.square(self.sigma_p) + 1 / n
 
     @property
     def sigma_p(self) -> Float[Array, "*stack"]:
         """Population standard deviation of p, in O(n^2): no eigh."""
-        return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(self._excess), axis=-1), axis=-1))
-
-    @property
-    def _excess(self) -> Float[Array, "*stack n n"]:
-        """W^T W of trace one, less that of a uniform p: so small differences stay exact."""
         n = self.w.shape[-1]
+        # The difference from a uniform p is squared, so that small ones stay exact.
         uniform = jnp.broadcast_to(jnp.eye(n, dtype=self.w.dtype) / n, self.w.shape)
-        return self.w / self._reliable_trace(self.w)[..., None, None] - uniform
+        excess = self.w / self._reliable_trace(self.w)[..., None, None] - uniform
+        return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(excess), axis=-1), axis=-1))
 
     def _reliable_trace(self, gram: Float[Array, "*stack n n"]) -> Float[Array, "*stack"]:
         trace = _trace(gram)
-        least = float(jnp.finfo(trace.dtype).tiny) * 2.0**66  # as in Energies.lar
-        reliable = (trace > least) & jnp.isfinite(trace) & (self.calls <= 2**16)
-        return jnp.where(reliable, trace, jnp.nan)
+        return jnp.where(is_reliable(trace) & (self.calls <= 2**16), trace, jnp.nan)
 
     def spectra(self) -> Spectra:
         """p and q by one n x n `eigh`, O(n^3), without gradient; nan as of `jlar.spectra`.
 
         Entries of p below about n eps p_1 are rounding.
         """
-        w, x, w_trace, x_trace = jax.lax.stop_gradient(
-            (self.w, self.x, self._reliable_trace(self.w), self._reliable_trace(self.x))
-        )
+        w, x = jax.lax.stop_gradient((self.w, self.x))
+        w_trace, x_trace = self._reliable_trace(w), self._reliable_trace(x)
         w, missing = check.finite_part(w)
         squares, V = jnp.linalg.eigh(w, symmetrize_input=False)
         q = jnp.sum(V * jnp.matmul(x, V, precision=jax.lax.Precision.HIGHEST), axis=-2)
         # eigh has ascending order; both are non-negative but for rounding.
         p, q = (jnp.maximum(a[..., ::-1], 0) for a in (squares, q))
-        p = jnp.where(
-            jnp.isnan(w_trace)[..., None], jnp.nan, p / jnp.sum(p, axis=-1, keepdims=True)
-        )
+        p = p / jnp.sum(p, axis=-1, keepdims=True)
+        p = jnp.where(jnp.isnan(w_trace)[..., None], jnp.nan, p)
         return Spectra(p=p, q=q / x_trace[..., None] + missing[..., None])
 
 

@@ -20,7 +20,7 @@ def pair(count: int | Int[Array, "*stack"], dtype: jnp.dtype) -> Float[Array, "*
 
     The first is a multiple of 4,096, so that sums over devices are exact up to 2^36 in float32.
     """
-    high, low = jnp.asarray(count // STEP), jnp.asarray(count % STEP)
+    high, low = map(jnp.asarray, divmod(count, STEP))
     return jnp.stack([high.astype(dtype) * STEP, low.astype(dtype)], axis=-1)
 
 
@@ -45,11 +45,10 @@ def sum_pairs(pairs: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array,
     """
     pairs = jnp.moveaxis(pairs, axes, range(len(axes)))
     pairs = pairs.reshape(-1, *pairs.shape[len(axes) :])
-    missing = (1 << (max(len(pairs), 1) - 1).bit_length()) - len(pairs)  # to a power of two
-    pairs = jnp.pad(pairs, [(0, missing)] + [(0, 0)] * (pairs.ndim - 1))
-    while len(pairs) > 1:
-        pairs = add_pairs(*jnp.split(pairs, 2))
-    return pairs[0]
+    while (half := len(pairs) // 2) > 0:
+        first, second, odd = jnp.split(pairs, [half, 2 * half])
+        pairs = jnp.concatenate([add_pairs(first, second), odd])
+    return jnp.sum(pairs, axis=0)  # of one, or of none
 
 
 def sum_counts(counts: Float[Array, "*pairs 2"], axes: tuple[str, ...]) -> Float[Array, "*pairs 2"]:

@@ -107,7 +107,5 @@ def _centred(a: Float[Array, "*stack n"]) -> Float[Array, "*stack n"]:
 
 
 def _pearson(a: Float[Array, "*stack n"], b: Float[Array, "*stack n"]) -> Float[Array, "*stack"]:
-    a, b = _centred(a), _centred(b)
-    a = a / jnp.linalg.norm(a, axis=-1, keepdims=True)
-    b = b / jnp.linalg.norm(b, axis=-1, keepdims=True)
+    a, b = (c / jnp.linalg.norm(c, axis=-1, keepdims=True) for c in map(_centred, (a, b)))
     return jnp.sum(a * b, axis=-1)

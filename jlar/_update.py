@@ -36,23 +36,21 @@ def update_alignment(
     1/2 where the factors ignore each other and 1 where B has rank one and A lies along it.
 
     What the parameterisation literature calls full alignment is alpha = u = 1, omega = 1/2: an
-    update may line up with any input, a random W0 hardly can. LAR is at most
-    $1 + \frac12 \log_n p_1$, where $p_1$ of independent entries tends to
-    $(1 + \sqrt{n/m})^2 / n$: so omega is at most $1/2 + \log_n(1 + \sqrt{n/m})$ at random
-    initialisation, 1/2 in the limit of large n at fixed m/n, but up to 1 for few outputs.
+    update may line up with any input, a random W0 hardly can. As LAR is at most
+    $1 + \frac12 \log_n p_1$, and $p_1$ of independent entries tends to $(1 + \sqrt{n/m})^2 / n$,
+    omega is at most $1/2 + \log_n(1 + \sqrt{n/m})$ at random initialisation.
 
     The terms are those of Everett et al., arXiv 2407.05872. Squares are summed over tokens before
-    the logarithm, as everywhere in jlar; the scheduler m-wojnar/maxP averages the logarithm over
-    tokens, which is equal only if all rows have the same ratio.
+    the logarithm; the scheduler m-wojnar/maxP averages the logarithm over tokens, which is equal
+    only if all rows have the same ratio.
 
     Args: W0 and X0 at the reference step, usually initialisation; W and X now, of the same tokens
         in the same order; axes may name "t" and "m".
 
     Returns:
         `UpdateAlignment(alpha, omega, u)`, scalars in [-inf, 1], float32 (float64 if an input is),
-        by three products, O(t m n). nan where a factor is zero: all but omega if W = W0, all but
-        alpha if X = X0 (also where half precision rounds an update away); and where anything kept
-        is not finite.
+        by three products, O(t m n). nan where a factor is zero (also where half precision rounds an
+        update away), and where anything kept is not finite.
 
     Example:
         >>> import jax, jax.numpy as jnp, jlar
@@ -62,8 +60,8 @@ def update_alignment(
         >>> print(" ".join(f"{a:.2f}" for a in jlar.update_alignment(W0, W, X0[:1], X[:1])))
         1.00 0.52 0.41
     """
-    W0, X0 = check.real_array(W0, "W0"), check.real_array(X0, "X0")
-    W, X = check.real_array(W, "W"), check.real_array(X, "X")
+    named = {"W0": W0, "W": W, "X0": X0, "X": X}
+    W0, W, X0, X = (check.real_array(a, name) for name, a in named.items())
     for name, before, now in (("W", W0, W), ("X", X0, X)):
         check.need(
             before.shape == now.shape,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer
 from . import _checks as check
 from ._checks import Inputs, Mask, Weights
 from ._energies import Energies, energy, sums
-from ._mesh import Axes, Split, total, unsharded, vary_as, varying
+from ._mesh import Axes, Split, size, total, unsharded, vary_as, varying
 
 __all__ = ["cross_entropy"]
 
@@ -24,7 +24,6 @@ def __dir__() -> list[str]:
 class _Rule(NamedTuple):
     """What is fixed at trace time."""
 
-    chunk: int
     soft_cap: float | None
     z_loss: float
     pooled: bool  # the sum over tokens, rather than one loss per token
@@ -59,9 +58,8 @@ def cross_entropy(
     differentiated, the gradient of W twice, in float32; under `jax.vmap` that for each instance, so
     give X leading axes instead. Products of float32 operands are exact to float32 (no TF32); those
     of half precision are summed in float32, with the gradient of each logit rounded to it.
-
-    Reverse mode only, as for any `jax.custom_vjp`: `jax.jvp` raises TypeError. Second derivatives
-    are right, but keep all logits as the plain loss does.
+    Reverse mode only: `jax.jvp` raises TypeError. Second derivatives are right, but keep all logits
+    as the plain loss does.
 
     Args:
         W: the unembedding (V, n). If W and X differ in dtype, or are narrower than half precision,
@@ -81,10 +79,9 @@ def cross_entropy(
             devices, gradients those of the whole loss. No logits move, but three numbers per token.
 
     Returns:
-        (loss, `Energies`): the loss float32 (float64 if an input is), () or for "none" (...,). It
-        is nan for the mean of no tokens, and for a kept token with a label outside 0..V-1; nan
-        losses have nan gradients. The energies are those of `jlar.energies(W, X, mask=kept)`: Y
-        before the soft-cap.
+        (loss, `Energies`): the loss float32 (float64 if an input is), () or for "none" (...,); nan,
+        with nan gradients, for the mean of no tokens and for a kept token with a label outside
+        0..V-1. The energies are those of `jlar.energies(W, X, mask=kept)`: Y before the soft-cap.
 
     Example:
         >>> import jax, jlar.losses
@@ -95,55 +92,62 @@ def cross_entropy(
         >>> print(f"{loss:.3f} {energies.lar:.3f} {energies.count} {dW.shape}")
         4.180 0.503 63 (64, 64)
     """
-    reductions = "mean", "sum", "none"
-    check.need(reduction in reductions, f"reduction must be of {reductions}; got {reduction!r}.")
-    capped = soft_cap is None or 0 < soft_cap < math.inf
-    check.need(capped, f"soft_cap must be positive, or None for no cap; got {soft_cap}.")
-    check.need(0 <= z_loss < math.inf, f"z_loss must be a finite weight, 0 for none; got {z_loss}.")
     W, X, _, split = check.operands(W, X, None, axes)
-    _check_split(split, axes)
     (V, n), tokens, acc = W.shape, X.shape[:-1], check.accumulator(W, X)
     chunk = max(n, 2**24 // V) if chunk is None else chunk
-    check.need(chunk >= 1, f"chunk must be at least 1 token, or None to choose it; got {chunk}.")
+    _check_options(reduction, soft_cap, z_loss, chunk)
+    _check_split(split, axes)
     labels = jnp.asarray(labels)
     check.need(
         jnp.issubdtype(labels.dtype, jnp.integer),
         f"labels must be integers, one class per token; got dtype {labels.dtype}. For one-hot "
         "labels pass jnp.argmax(labels, axis=-1).",
     )
-    check.need(
-        labels.shape == tokens,
-        f"labels must have one entry per token, shape {tokens}; got shape {labels.shape}.",
-    )
-    labels = labels.astype(int)  # the widest there is: `ignore` need not fit a label's own dtype
+    # The widest integers there are, because `ignore` need not fit the labels' own dtype.
+    labels = check.per_token(labels, "labels", tokens).astype(int)
     keep = labels != ignore
     if mask is not None:
-        keep &= check.kept(mask, tokens)
-    factors = jnp.ones(tokens, acc) if weights is None else check.real_array(weights, "weights")
-    keep &= check.kept(factors, tokens, "weights")
-    factors = check.zero_masked(factors.astype(acc), keep)
-    X = check.zero_masked(X, keep)
-    # A label that is dropped must be in range, for one out of range makes the loss nan.
-    labels = jnp.where(keep, labels, 0)
+        keep &= check.per_token(mask, "mask", tokens).astype(bool)
+    factors = jnp.ones(tokens, acc)
+    if weights is not None:
+        factors = check.per_token(weights, "weights", tokens).astype(acc)
+        keep &= factors != 0
+    X, factors, labels = (check.zero_masked(a, keep) for a in (X, factors, labels))
+    divisor = jnp.sum(factors)
+    # After the sum, so that the gradient of the mean is nan for that token alone.
+    factors = jnp.where((labels >= 0) & (labels < V * size(split.m)), factors, jnp.nan)
 
     dtype = W.dtype if W.dtype == X.dtype and W.dtype in check.MULTIPLIED else acc
-    rule = _Rule(chunk, soft_cap, z_loss, reduction != "none", dtype, split.m)
+    rule = _Rule(soft_cap, z_loss, reduction != "none", dtype, split.m)
 
     def all_losses(W: Array, X: Array, labels: Array, factors: Array) -> tuple[Array, Array]:
         # Where one operand is the same on devices that hold different parts of the other, its
         # gradient has to be summed over them. JAX does so if it is told that the operand varies.
         W, X = vary_as(W, X, labels, factors), vary_as(X, W, labels, factors)
-        loss, y = _losses(rule, W, X.reshape(-1, n), labels.ravel(), factors.ravel())
-        return (loss if rule.pooled else loss.reshape(tokens)), y
+        flat = X.reshape(-1, n), labels.ravel(), factors.ravel()
+        loss, y = _losses(rule, W, *(_chunks(a, chunk) for a in flat))
+        if not rule.pooled:
+            loss = loss.T.ravel()[: labels.size].reshape(tokens)
+        return loss, y
 
     loss_spec = PartitionSpec() if rule.pooled else jax.typeof(labels).sharding.spec
     loss, y = unsharded(all_losses, (loss_spec, PartitionSpec()))(
         W.astype(dtype), X.astype(dtype), labels, factors
     )
-    loss = loss if reduction == "none" else total(loss, split.t, split)
+    if rule.pooled:
+        loss = total(loss, split.t, split)
     if reduction == "mean":
-        loss = loss / total(jnp.sum(factors), split.t, split)
-    return loss, jax.lax.stop_gradient(sums(W, X, y, keep, math.prod(tokens), split))
+        loss = loss / total(divisor, split.t, split)
+    return loss, jax.lax.stop_gradient(sums(W, X, y, keep, split))
+
+
+def _check_options(reduction: str, soft_cap: float | None, z_loss: float, chunk: int) -> None:
+    reductions = "mean", "sum", "none"
+    check.need(reduction in reductions, f"reduction must be of {reductions}; got {reduction!r}.")
+    capped = soft_cap is None or 0 < soft_cap < math.inf
+    check.need(capped, f"soft_cap must be positive, or None for no cap; got {soft_cap}.")
+    check.need(0 <= z_loss < math.inf, f"z_loss must be a finite weight, 0 for none; got {z_loss}.")
+    check.need(chunk >= 1, f"chunk must be at least 1 token, or None to choose it; got {chunk}.")
 
 
 def _check_split(split: Split, axes: Axes | None) -> None:
@@ -159,77 +163,71 @@ def _check_split(split: Split, axes: Axes | None) -> None:
     )
 
 
+def _chunks(a: Array, chunk: int) -> Array:
+    """The tokens as equal chunks (steps, length), of at most `chunk` tokens, padded with zeros.
+
+    A chunk is every steps-th token, so that each device that holds tokens has a share of it.
+    """
+    steps = max(1, -(-len(a) // chunk))
+    length = -(-len(a) // steps)
+    padded = jnp.pad(a, [(0, steps * length - len(a))] + [(0, 0)] * (a.ndim - 1))
+    return padded.reshape(length, steps, *a.shape[1:]).swapaxes(0, 1)
+
+
 def _token_losses(
     Y: Float[Array, "c V"], labels: Int[Array, "c"], factors: Float[Array, "c"], rule: _Rule
 ) -> Float[Array, "c"]:
-    """The formula; its three sums over v go over the devices that split the vocabulary."""
+    """The formula; its two sums over v go over the devices that split the vocabulary."""
     z = Y if rule.soft_cap is None else rule.soft_cap * jnp.tanh(Y / rule.soft_cap)
-    log_sum = jax.nn.logsumexp(z, axis=-1)
-    # A sum and not a gather: it fuses with the others, and its gradient is not a scatter.
     first = jax.lax.axis_index(rule.vocabulary) * Y.shape[1] if rule.vocabulary else 0
+    # A sum and not a gather: it fuses with the other, and its gradient is not a scatter.
     is_label = labels[:, None] - first == jnp.arange(Y.shape[1])[None]
     label_z = jnp.sum(jnp.where(is_label, z, 0), axis=-1)
-    in_range = jnp.sum(is_label, axis=-1, dtype=Y.dtype)
+    log_sum = jax.nn.logsumexp(z, axis=-1)
     if rule.vocabulary:
         top = jax.lax.pmax(jax.lax.stop_gradient(log_sum), rule.vocabulary)
-        shares = (jnp.exp(log_sum - top), label_z, in_range)
-        whole, label_z, in_range = jax.lax.psum(shares, rule.vocabulary)
-        log_sum = top + jnp.log(whole)
+        over_top, label_z = jax.lax.psum((jnp.exp(log_sum - top), label_z), rule.vocabulary)
+        log_sum = top + jnp.log(over_top)
     loss = log_sum - label_z
     if rule.z_loss:  # 0 times the square would be nan where the square is infinite
         loss += rule.z_loss * jnp.square(log_sum)
-    # A factor and not a where: of a label out of range the gradient is nan as well.
-    loss = loss * jnp.where(in_range > 0, 1, jnp.nan).astype(loss.dtype)
     return jnp.where(factors != 0, loss, 0)
 
 
 def _scan(
     rule: _Rule,
     W: Float[Array, "V n"],
-    X: Float[Array, "t n"],
-    labels: Int[Array, "t"],
-    factors: Float[Array, "t"],
-    cotangents: Float[Array, "t"] | None,
-) -> tuple[Float[Array, "t"], Float[Array, ""], list[Array]]:
+    X: Float[Array, "steps c n"],
+    labels: Int[Array, "steps c"],
+    factors: Float[Array, "steps c"],
+    cotangents: Float[Array, "steps c"] | None = None,
+) -> tuple[Float[Array, "steps c"], Float[Array, ""], Any, Any]:
     """Losses, the sum of squares of Y and, given cotangents of the losses, gradients of W and X.
 
-    The gradients have the dtype of sums; without cotangents their list is empty.
+    The gradients have the dtype of sums; without cotangents they are None.
     """
     acc = check.accumulator(W, X)
-    t = X.shape[0]
-    steps = max(1, -(-t // rule.chunk))
-    size = -(-t // steps)  # equal chunks need the least padding
-
-    # A chunk is every steps-th token, so that each device holding tokens has a share of it.
-    def split(a: Array) -> Array:
-        padded = jnp.pad(a, [(0, steps * size - t)] + [(0, 0)] * (a.ndim - 1))
-        return padded.reshape(size, steps, *a.shape[1:]).swapaxes(0, 1)
-
-    def join(a: Array) -> Array:
-        return a.swapaxes(0, 1).reshape(-1, *a.shape[2:])[:t]
 
     def body(dW, tokens):
         x, label, factor, cotangent = tokens
         Y = check.product(x, W, acc)
         losses, pull = jax.vjp(lambda Y: _token_losses(Y, label, factor, rule), Y)
-        y = energy(Y, Y.dtype)  # Y = 0 where X was zeroed: only kept tokens count
+        y = energy(Y, acc)  # Y = 0 where X was zeroed: only kept tokens count
         if cotangent is None:
             return None, (losses, y, None)
         G = pull(vary_as(cotangent, losses))[0].astype(rule.dtype)
         return dW + check.product(G.T, x.T, acc), (losses, y, check.product(G, W.T, acc))
 
     dW = None if cotangents is None else vary_as(jnp.zeros_like(W, acc), W)
-    chunks = jax.tree.map(split, (X, labels, factors, cotangents))
-    dW, (losses, y, dX) = jax.lax.scan(body, dW, chunks)
-    losses, dX = jax.tree.map(join, (losses, dX))
-    return losses, jnp.sum(y), jax.tree.leaves((dW, dX))
+    dW, (losses, y, dX) = jax.lax.scan(body, dW, (X, labels, factors, cotangents))
+    return losses, jnp.sum(y), dW, dX
 
 
 def _value(
     rule: _Rule, W: Array, X: Array, labels: Array, factors: Array
-) -> tuple[Float[Array, "*t"], Float[Array, ""]]:
+) -> tuple[Float[Array, "..."], Float[Array, ""]]:
     """The losses times their factors, or the sum of these, and the sum of squares of Y."""
-    losses, y, _ = _scan(rule, W, X, labels, factors, None)
+    losses, y, _, _ = _scan(rule, W, X, labels, factors)
     losses = losses * factors
     return (jnp.sum(losses) if rule.pooled else losses), y
 
@@ -238,19 +236,18 @@ def _forward(rule: _Rule, W: Array, X: Array, labels: Array, factors: Array):
     if not rule.pooled:
         return _value(rule, W, X, labels, factors), (W, X, labels, factors)
     # Cotangents of order 1: small ones, 1/tokens say, would underflow fp16 in the products.
-    losses, y, gradients = _scan(rule, W, X, labels, factors, factors)
-    return (jnp.sum(losses * factors), y), (losses, *gradients)
+    losses, y, dW, dX = _scan(rule, W, X, labels, factors, factors)
+    return (jnp.sum(losses * factors), y), (losses, dW, dX)
 
 
 def _backward(rule: _Rule, residuals: Sequence[Array], cotangents: tuple[Array, Array]):
     g, _ = cotangents  # y is a statistic
     if rule.pooled:
-        gradients = [g * a for a in residuals]
+        dfactors, dW, dX = (g * a for a in residuals)
     else:
         W, X, labels, factors = residuals
-        losses, _, gradients = _scan(rule, W, X, labels, factors, g * factors)
-        gradients = [g * losses, *gradients]
-    dfactors, dW, dX = gradients
+        losses, _, dW, dX = _scan(rule, W, X, labels, factors, g * factors)
+        dfactors = g * losses
     return dW.astype(rule.dtype), dX.astype(rule.dtype), None, dfactors
 
 

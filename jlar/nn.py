@@ -23,11 +23,7 @@ class _WithLAR(eqx.Module):
     measure: Callable[..., PyTree] = eqx.field(static=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, PyTree]]:
-        call = capture(
-            lambda model, /, *args, **kwargs: model(*args, **kwargs),
-            where=self.where,
-            measure=self.measure,
-        )
+        call = capture(type(self.model).__call__, where=self.where, measure=self.measure)
         return call(self.model, *args, **kwargs)
 
 

@@ -284,6 +284,35 @@ def test_dropped_tokens_contaminate_nothing(reduction):
         assert clean[0][1][0][2] == 0
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_weights_of_tokens(reduction):
+    W, X, labels, _ = data("does not divide")
+    mask = jnp.ones(13, bool).at[2].set(False)
+    weights = jnp.linspace(-0.5, 2, 13).at[5].set(0)
+
+    def weighted(W, X, weights):
+        loss, e = cross_entropy(
+            W, X, labels, mask=mask, weights=weights, chunk=4, reduction=reduction
+        )
+        return jnp.sum(jnp.sin(loss)), e
+
+    def textbook(W, X, weights):
+        losses = plain(W, X, labels, mask) * weights
+        if reduction != "none":
+            losses = jnp.sum(losses) / (jnp.sum(weights, where=mask) if reduction == "mean" else 1)
+        return jnp.sum(jnp.sin(losses))
+
+    gradient = jax.value_and_grad(weighted, (0, 1, 2), has_aux=True)
+    (value, e), actual = gradient(W, X, weights)
+    expected = jax.value_and_grad(textbook, (0, 1, 2))(W, X, weights)
+    chex.assert_trees_all_close(
+        (value, actual[:2]), (expected[0], expected[1][:2]), rtol=1e-4, atol=5e-6
+    )
+    kept = mask & (weights != 0)
+    close(actual[2][kept], expected[1][2][kept], 1e-4)
+    chex.assert_trees_all_close(e, jlar.energies(W, X, mask=kept), rtol=2e-6)
+
+
 @pytest.mark.parametrize("label", [20, 10**6, -1, -99, -101])
 def test_a_label_out_of_range_is_nan(label):
     W, X, labels, _ = data("divides")
