@@ -22,13 +22,17 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
 from jaxtyping import Array, Float
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 import jlar
 
 from .. import records
+from .figures import STYLE
 from .model import Transformer
 from .plan import SMALL_P, small
 
@@ -173,6 +177,40 @@ def analysis(logs: Logs) -> dict[str, Any]:
     return table
 
 
+def figure(logs: Logs, decay: float) -> Figure:
+    """Validation accuracy and LAR over the steps, means of the seeds, one panel for each kind."""
+    kinds = {
+        "lar": "LAR",
+        "norm": "weight norm",
+        "rank": "stable rank",
+        "random": "random direction",
+    }
+    drawn = Figure(figsize=(9, 4.2), layout="constrained")
+    axes = drawn.subplots(2, len(kinds), sharex=True, sharey="row")
+    lines: dict[str, tuple[str, str, Any]] = {
+        "+": ("pushed up", "#2c8a57", "-"),
+        "-": ("pushed down", "#b03a3a", "--"),
+    }
+    for column, (kind, title) in enumerate(kinds.items()):
+        for row, (name, label) in enumerate(
+            {"val_acc": "validation accuracy", "lar": "LAR"}.items()
+        ):
+            panel = axes[row, column]
+            for sign, (_, colour, dash) in {"": ("no term", "grey", ":"), **lines}.items():
+                rows = logs.get((kind + sign if sign else "none", decay), [])
+                steps = sorted({each["step"] for each in rows})
+                means = [
+                    np.mean([each[name] for each in rows if each["step"] == step]) for step in steps
+                ]
+                panel.plot(steps, means, color=colour, linestyle=dash, linewidth=1.5)
+            panel.set(ylabel=label if column == 0 else "", xlabel="step" if row else "")
+        axes[0, column].set_title(title)
+    handles = [Line2D([], [], color="grey", linestyle=":", label="no term")]
+    handles += [Line2D([], [], color=c, linestyle=d, label=text) for text, c, d in lines.values()]
+    drawn.legend(handles=handles, loc="outside upper center", ncols=3)
+    return drawn
+
+
 def main() -> None:
     """Run the arms that are not there yet, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -182,6 +220,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--terms", nargs="+", default=TERMS, choices=TERMS, metavar="TERM")
     parser.add_argument("--decays", type=float, nargs="+", default=DECAYS, metavar="DECAY")
+    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the arms of --decays")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     terms: list[str] = arguments.terms
@@ -191,7 +230,11 @@ def main() -> None:
             rows = arm(term, decay, arguments.c, arguments.steps, arguments.first_seed)
             records.write_packed(path, rows)
             print(f"{path.name} done", flush=True)
-    print(json.dumps(analysis(read(arguments.folder)), indent=1))
+    logs = read(arguments.folder)
+    print(json.dumps(analysis(logs), indent=1))
+    if arguments.figure:
+        with matplotlib.rc_context(STYLE):
+            figure(logs, arguments.decays[0]).savefig(arguments.figure)
 
 
 if __name__ == "__main__":
