@@ -10,7 +10,7 @@ from . import _checks as check
 from ._checks import Inputs, Mask, Weights
 from ._energies import energy
 from ._grams import gram, grams
-from ._mesh import Axes, Split, total, unsharded
+from ._mesh import Axes, Split, on_auto_axes, total
 from ._spectra import Spectra
 
 
@@ -57,7 +57,7 @@ def spectra(
         f'method "svd" needs W whole on each device, and axes split it over {split.m + split.n}; '
         'write method="gram".',
     )
-    p, q, x = unsharded(_by_svd)(W.astype(acc), X.astype(acc))
+    p, q, x = on_auto_axes(_by_svd)(W.astype(acc), X.astype(acc))
     q, x = (total(a, split.t, split) for a in (q, x))
     return Spectra(p=p, q=q / x)
 

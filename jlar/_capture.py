@@ -51,7 +51,8 @@ def capture(
       that returns something is called twice there. As under `jax.jit`, such a function may not
       close over an argument of `f`.
     - Capture the loss, not the training step: the products of a backward pass have the same form.
-    - A flax NNX module changes itself, which is refused: capture a function of `nnx.split` parts.
+    - A flax NNX module that changes itself (dropout, batch norm) is refused: capture a function of
+      `nnx.split` parts.
 
     What cannot be measured is never dropped silently: `jlar.sites(f)(weights, ...)` lists every
     array with its products or the reason why there are none.

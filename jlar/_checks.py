@@ -25,7 +25,10 @@ def need(holds: bool, message: str) -> None:
 
 def real_array(a: ArrayLike, name: str) -> Array:
     """`a` as an array of real numbers."""
-    a = jnp.asarray(a)
+    try:
+        a = jnp.asarray(a)
+    except TypeError:
+        raise ValueError(f"{name} must be an array or a number; got {type(a).__name__}.") from None
     need(not jnp.iscomplexobj(a), f"{name} must be real; got {a.dtype}: stack .real and .imag.")
     return a
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from . import _checks as check
 from ._checks import Inputs, Mask, Outputs, Weights
-from ._mesh import Axes, Split, size, total, unsharded
+from ._mesh import Axes, Split, on_auto_axes, size, total
 from ._pool import Pool, counts
 
 
@@ -167,7 +167,7 @@ def _of_output(
         "take jlar.grams(...).energies, which needs none.",
     )
     acc = check.accumulator(W, X)
-    return unsharded(lambda W, X: reduce(check.product(X, W, acc)))(W, X)
+    return on_auto_axes(lambda W, X: reduce(check.product(X, W, acc)))(W, X)
 
 
 def energies(

@@ -112,7 +112,7 @@ def vary_as(a: Array, *others: Array) -> Array:
     return jax.lax.pcast(a, tuple(missing), to="varying")
 
 
-def unsharded(f: Callable[..., Any], out: Any = PartitionSpec()) -> Callable[..., Any]:  # noqa: B008
+def on_auto_axes(f: Callable[..., Any], out: Any = PartitionSpec()) -> Callable[..., Any]:  # noqa: B008
     """`f` with results that are whole on every device, or sharded as the specs `out` say.
 
     Where arguments carry explicit mesh axes, JAX refuses a product over a sharded axis, an eigh or

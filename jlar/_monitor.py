@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from ._baseline import Baseline, Expected
-from ._checks import check_width, need
+from ._checks import check_width, need, real_array
 
 ALIGNED = 0.53  # LAR is 1/2 at initialisation: a run that has not risen above this says nothing
 MEMORISED = 0.05  # training loss, of its largest
@@ -163,7 +163,8 @@ class Monitor(eqx.Module):
             loss: of the training data, for `matched_loss` and `grokking`; 0 or less is none.
             baseline: what to compare with, for `deviation` and `matched_loss`.
         """
-        step, lar, loss = map(_scalar, (step, lar, 0 if loss is None else loss))
+        given = {"step": step, "lar": lar, "loss": 0 if loss is None else loss}
+        step, lar, loss = (_scalar(value, name) for name, value in given.items())
         counts = jnp.isfinite(step) & jnp.isfinite(lar) & (step > self.step)
         lossy = jnp.isfinite(loss) & (loss > 0)
         loss = jnp.where(lossy, loss, self.recent[1])
@@ -256,8 +257,8 @@ def _median(a: Array, b: Array, c: Array) -> Array:
     return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
 
 
-def _scalar(value: ArrayLike) -> Float[Array, ""]:
-    value = jnp.asarray(value)
+def _scalar(value: ArrayLike, name: str) -> Float[Array, ""]:
+    value = real_array(value, name)
     stack = "for several layers or runs keep a stack of monitors and use jax.vmap."
-    need(value.ndim == 0, f"Monitor.update takes scalars; got shape {value.shape}: {stack}")
+    need(value.ndim == 0, f"{name} must be a scalar; got shape {value.shape}: {stack}")
     return jax.lax.stop_gradient(value.astype(jnp.float32))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ._checks import need
-from ._mesh import Split, size, total, unsharded
+from ._mesh import Split, on_auto_axes, size, total
 
 STEP = 4096
 
@@ -122,5 +122,5 @@ class Pool(eqx.Module):
             f"axis must name stacked axes, of which these statistics have {stacked}; got {axis}.",
         )
         added = jax.tree.map(lambda leaf: jnp.sum(leaf, axes), self)
-        sums = unsharded(partial(sum_pairs, axes=axes))(jnp.asarray(self.sums))
+        sums = on_auto_axes(partial(sum_pairs, axes=axes))(jnp.asarray(self.sums))
         return dataclasses.replace(added, sums=sums)

@@ -54,7 +54,7 @@ class Sites(tuple[Row, ...]):
 
     def __str__(self) -> str:
         head = ("array", "shape", "measured as", "m", "n", "tokens", "rows", "through")
-        lines = [head, *(row.cells() for row in self)]
+        lines = [head, *(row.cells() for row in sorted(self, key=lambda row: bool(row.why)))]
         # A reason, third in its row, may run over the columns that it leaves empty.
         full = [line for line in lines if len(line) > 3]
         widths = [max(len(line[i]) for line in (lines if i < 2 else full)) for i in range(8)]
@@ -76,18 +76,24 @@ def _unseen(program: Program, i: int) -> str:
 
 
 def sites(
-    f: Callable[..., Any], *, where: Where = None, axes: mesh.Axes | None = None
+    f: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    where: Where = None,
+    axes: mesh.Axes | None = None,
 ) -> Callable[..., Sites]:
     """A table of every array of the first argument: where `jlar.capture` measures it, or why not.
 
     Nothing is computed: the arguments may be `jax.ShapeDtypeStruct`s, as from `jax.eval_shape`.
 
-    Args: f, where and axes are those of `jlar.capture`; what `where` leaves out is listed as such.
+    Args are those of `jlar.capture`; what `where` leaves out is listed as such, and `has_aux`
+    changes nothing. In the table m are outputs, n inputs, tokens the token axes, rows the stacked
+    matrices, and through is the control flow around the product.
 
     Returns:
         A function of the same arguments that returns `Sites`: a tuple of rows with path, shape,
-        name, m, n, tokens, rows, through and why, that prints as a table. An array with several
-        products has several rows.
+        name, m, n, tokens, rows, through and why, that prints as a table, what is measured first.
+        An array with several products has several rows.
 
     Raises:
         ValueError: as `jlar.capture`, but not where there is nothing to measure.

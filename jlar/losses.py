@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Integer
 from . import _checks as check
 from ._checks import Inputs, Mask, Weights
 from ._energies import Energies, energy, sums
-from ._mesh import Axes, Split, size, total, unsharded, vary_as, varying
+from ._mesh import Axes, Split, on_auto_axes, size, total, vary_as, varying
 
 __all__ = ["cross_entropy"]
 
@@ -131,7 +131,7 @@ def cross_entropy(
         return loss, y
 
     loss_spec = PartitionSpec() if rule.pooled else jax.typeof(labels).sharding.spec
-    loss, y = unsharded(all_losses, (loss_spec, PartitionSpec()))(
+    loss, y = on_auto_axes(all_losses, (loss_spec, PartitionSpec()))(
         W.astype(dtype), X.astype(dtype), labels, factors
     )
     if rule.pooled:

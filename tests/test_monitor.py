@@ -287,8 +287,10 @@ def test_double_precision(x64):
 
 
 def test_misuse(unchecked):
-    with pytest.raises(ValueError, match="takes scalars; got shape"):
+    with pytest.raises(ValueError, match="lar must be a scalar; got shape"):
         Monitor.init().update(1, jnp.zeros(3))
+    with pytest.raises(ValueError, match="lar must be an array or a number; got dict"):
+        Monitor.init().update(1, {"lar/head": jnp.zeros(())})
     with pytest.raises(ValueError, match="at least 2"):
         Monitor.init(n=1)
     with pytest.raises(ValueError, match="two or more different steps"):
