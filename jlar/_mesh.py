@@ -109,7 +109,7 @@ def total(a: Array, axes: tuple[str, ...], split: Split) -> Array:
 def vary_as(a: Array, *others: Array) -> Array:
     """`a`, said to vary along every axis along which one of the others does."""
     missing = frozenset().union(*map(varying, others)) - varying(a)
-    return jax.lax.pcast(a, tuple(missing), to="varying")
+    return jax.lax.pcast(a, tuple(sorted(missing)), to="varying")
 
 
 def on_auto_axes(f: Callable[..., Any], out: Any = PartitionSpec()) -> Callable[..., Any]:  # noqa: B008
