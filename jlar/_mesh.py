@@ -93,7 +93,7 @@ def check_varies(a: Array, name: str, axes: tuple[str, ...]) -> None:
 
 def whole(a: Array, axes: Iterable[str]) -> Array:
     """`a`, which is equal on the devices along these axes; their mean tells JAX so."""
-    unknown = tuple(varying(a).intersection(axes))
+    unknown = tuple(sorted(varying(a).intersection(axes)))
     return jax.lax.pmean(a, unknown) if unknown else a
 
 
