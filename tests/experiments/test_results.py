@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jlar_experiments.grokking import intervention
 from jlar_experiments.monitoring import redundancy
 from jlar_experiments.pretraining import beyond_loss
 
@@ -56,6 +57,26 @@ def test_the_table_of_predicted_gaps():
         assert line.endswith(cells)
     low, high = found["interval"]
     assert f"falls by {found['fall']:.0%} (95% interval {100 * low:.0f} to {high:.0%}" in PAGE
+
+
+def test_the_table_of_pushing_lar():
+    found = intervention.analysis(intervention.read(RESULTS / "intervention"))
+    names = {"none": "no term", "lar": "LAR", "norm": "weight norm", "rank": "stable rank"}
+    for arm, row in found.items():
+        term, _, decay = arm.partition(", weight decay ")
+        name = names.get(term.rstrip("+-"), "") + {"+": " up", "-": " down"}.get(term[-1], "")
+        if decay == "0":
+            assert row["reach 95%"] == 0
+        elif not term.startswith("random"):
+            line = next(line for line in PAGE.splitlines() if line.strip("| *").startswith(name))
+            reach, ratio, p, *end = (cell.strip(" *") for cell in line.split("|")[2:-1])
+            assert reach.startswith(f"{row['reach 95%']} of 10")
+            wanted = f"{row['median ratio']:.2f}".lstrip("0") if ratio not in ("", "1") else ratio
+            assert ratio.replace("*", "").split(" ")[0] == wanted
+            assert term == "none" or p == short(row["sign test p"])
+            assert end[0] == f"{row['LAR at the end']:.2f}".lstrip("0")
+            accuracies = (row[f"{each} accuracy at the end"] for each in ("validation", "training"))
+            assert end[1:] == [f"{each:.0%}" for each in accuracies]
 
 
 def test_the_table_of_alarms():
