@@ -78,8 +78,11 @@ class Baseline(eqx.Module):
         return self._at(1, jnp.asarray(loss).astype(jnp.float32))
 
     def _at(self, row: int, at: Float[Array, "*at"]) -> Expected:
-        """Linear between the knots, by comparing with all of them: no loop in a training step."""
-        knots, slack = self.knots[row], 1e-5  # of the rounding of log2
+        """Between the knots of row 0, log2 of steps, or of row 1, losses, along a line.
+
+        Compared with all knots, because a binary search would be a loop in the training step.
+        """
+        knots, slack = self.knots[row], 1e-5  # for rounding, that of log2 above all
         right = jnp.clip(jnp.searchsorted(knots, at, method="compare_all"), 1, KNOTS - 1)
         part = jnp.clip((at - knots[right - 1]) / (knots[right] - knots[right - 1]), 0, 1)
         lar, spread = (

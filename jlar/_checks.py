@@ -1,4 +1,4 @@
-"""The contract of (W, X, Y, mask), checked at trace time, and the dtypes and sizes of sums."""
+"""Checks of (W, X, Y, mask) at trace time, and the arithmetic that all functions share."""
 
 import jax
 import jax.numpy as jnp

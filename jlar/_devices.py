@@ -1,4 +1,4 @@
-"""What splits the operands of a product inside shard_map, as far as the program tells.
+"""Capture inside shard_map: which mesh axes split each value, and sums over the devices.
 
 The statistics of a product are those of one device until the shard_map ends: a sum over devices in
 a loop would be one for each iteration, and in a branch that only some of them take it would hang.
@@ -18,20 +18,24 @@ from ._pool import sum_counts
 
 KEYS = ("t", "m", "n", "stack")
 """What `axes` may say is split: tokens, outputs, inputs or stacked matrices."""
-EQUAL = ("psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant")
+REPLICATING = ("psum", "psum_invariant", "pmax", "pmin", "all_gather", "all_gather_invariant")
 """After these every device along the axes holds the same."""
-ONE_TO_ONE = ("optimization_barrier", *EQUAL)
+ONE_TO_ONE = ("optimization_barrier", *REPLICATING)
 """Each result of these is made of one operand."""
 SPLITTING = ("reduce_scatter", "all_to_all", "ppermute", "axis_index")
 """After these each device along the axes holds something of its own."""
 
 
-def after(eqn: Any, origins: list[Any]) -> list[Any]:
-    """The origins of the results of an equation, with the mesh axes that split them."""
+def split_after(eqn: Any, origins: list[Any]) -> list[Any]:
+    """The origins of a collective's results, with the mesh axes that still split them.
+
+    Other equations change nothing.
+    """
     name = eqn.primitive.name
-    if name not in (*EQUAL, *SPLITTING):
+    if name not in (*REPLICATING, *SPLITTING):
         return origins
-    equal = name in EQUAL and eqn.params.get("axis_index_groups") is None
+    # A psum within groups of devices does not make all of them equal.
+    equal = name in REPLICATING and eqn.params.get("axis_index_groups") is None
     change = frozenset.difference if equal else frozenset.union
     return [o._replace(split=change(o.split, frozenset(_axes(eqn)))) for o in origins]
 

@@ -73,7 +73,8 @@ class Energies(Pool):
     def of(
         cls, squares: Sequence[Float[Array, "*stack"]], counts: Float[Array, "..."], n: int
     ) -> "Energies":
-        """From the squares of Y, X and W, and the pairs of counts, of each or the same for all."""
+        """From the sums of squares of Y, X, W, and counts: (*stack, 3, 2), or (3, 2) for all."""
+        # A number is held as two floats, of which the second is what rounding took from the first.
         high = jnp.stack([*squares], axis=-1)
         low = jnp.zeros_like(high)
         pairs = jnp.stack([high, low], axis=-1)

@@ -26,7 +26,7 @@ class Thresholds:
 
     allowance: float = 0.006  # what is never counted
     noises: float = 2.5  # the same in multiples of the noise, where that is more
-    hold: float = 0.05  # doublings of steps that a signal may be at twice the allowance
+    hold: float = 0.05  # doublings of steps that one of overfitting may be at twice the allowance
     decline: float = 0.0075  # what a run may lose per doubling of steps after its peak
     grokked: float = 0.4  # of the effective dimension at memorisation: below it, `grokking` rings
 
@@ -34,7 +34,7 @@ class Thresholds:
 class Signal(eqx.Module):
     r"""A CUSUM over u = log2(step), $S \leftarrow \max(0, S + (x - allowance) du)$, of each signal.
 
-    x says by how much LAR does what `meaning` tells. It is the median of the last three values, so
+    A value says by how much LAR does what `meaning` tells; x is the median of the last three, so
     that one outlier moves nothing. The signal rings when S exceeds its limit.
     """
 
@@ -48,14 +48,14 @@ class Signal(eqx.Module):
     level: Float[Array, "*signals"]  # x
     allowance: Float[Array, "*signals"]  # the x that runs which do not overfit have as well
     limit: Float[Array, "*signals"]  # 0 until it is in force
-    known_S: Float[Array, "*signals"]  # S at the last value but one
+    settled_S: Float[Array, "*signals"]  # S up to the last value but one, which changes no more
     jitter: Float[Array, "*signals"]  # mean distance of a value from the line of its neighbours
     noise: Float[Array, "*signals"]  # root mean square of x in the first epoch
     first_alarm_step: Float[Array, "*signals"]  # 0 if it never rang
     step_before: Float[Array, "*signals"]  # the last before the first alarm at which S was 0
     heard: Float[Array, "*signals"]  # values since there was none for a quarter of a doubling
     doublings: Float[Array, "*signals"]  # log2 of the step of the last value
-    width: Float[Array, "*signals"]  # log2 of that step over the one before
+    width: Float[Array, "*signals"]  # of the last value in doublings, at most a quarter of one
     recent: Float[Array, "*signals"]
     earlier: Float[Array, "*signals"]
 
@@ -63,7 +63,7 @@ class Signal(eqx.Module):
     def S(self) -> Float[Array, "*signals"]:
         """At most twice the limit, so that an alarm ends soon after its cause."""
         x = jnp.minimum(self.recent, self.earlier)  # the last may yet prove an outlier
-        return jnp.clip(self.known_S + (x - self.allowance) * self.width, 0, 2 * self.limit)
+        return jnp.clip(self.settled_S + (x - self.allowance) * self.width, 0, 2 * self.limit)
 
     @property
     def alarm(self) -> Bool[Array, "*signals"]:
@@ -83,9 +83,10 @@ class Monitor(eqx.Module):
 
     `Signal` says what the signals are: three of overfitting, and `grokking`, which is good news and
     no `alarm`. Time is counted in doublings of the step, so how often LAR is logged matters not.
-    The allowance is .006 or 2.5 times the noise, whichever is more: that of a point about its
-    neighbours, that between the runs of a baseline, and that of x in the first epoch, which cannot
-    overfit, if `second_epoch` is told. Small models differ by more than .006 between seeds.
+    The allowance of the three is .006 or 2.5 times the noise, whichever is more: that of a point
+    about its neighbours, that between the runs of a baseline, and that of x in the first epoch,
+    which cannot overfit, if `second_epoch` is told. Small models differ by more than .006 between
+    seeds.
 
     No field is ever nan or infinite. State: 64 numbers. An update takes a few microseconds of a
     CPU core (benchmarks/monitor.py). For an example and what to do when it rings see the READMEs of
@@ -169,7 +170,7 @@ class Monitor(eqx.Module):
         lossy = jnp.isfinite(loss) & (loss > 0)
         loss = jnp.where(lossy, loss, self.recent[1])
         new = self._averaged(jnp.where(counts, step, 1), jnp.where(counts, lar, 0), loss)
-        new = replace(new, signals=new._summed(*new._values(lossy, baseline)))
+        new = replace(new, signals=new._signals_after(*new._values(lossy, baseline)))
         return jax.tree.map(partial(jnp.where, counts), new, self)
 
     def _averaged(self, step: Array, lar: Array, loss: Array) -> "Monitor":
@@ -192,7 +193,7 @@ class Monitor(eqx.Module):
         )
 
     def _values(self, lossy: Array, baseline: Baseline | None) -> tuple[Array, Array, Array]:
-        """x of the signals at this point, which of them are known, and the baseline's spread."""
+        """The signals' values at this point, which are known, and the baseline's spread."""
         (lar, _), (mean_lar, mean_loss), u = self.recent, self.mean, jnp.log2(self.step)
         zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), bool)
         at_step = at_loss = Expected(zero, zero, no)
@@ -201,27 +202,33 @@ class Monitor(eqx.Module):
         below, lost = at_step.lar - lar, self.ceiling - self.thresholds.decline * u - lar
         # A decline that the baseline shares counts not.
         lost = jnp.where(at_step.known, jnp.minimum(lost, below), lost)
-        x = jnp.stack([below, at_loss.lar - mean_lar, lost, lar - self.memorised_lar])
+        values = jnp.stack([below, at_loss.lar - mean_lar, lost, lar - self.memorised_lar])
         memorised = (self.memorised_lar > 0) & (self.n is not None)
         known = jnp.stack([at_step.known, at_loss.known & lossy, ~no, memorised])
-        return x, known, jnp.stack([at_step.spread, at_loss.spread, zero, zero])
+        return values, known, jnp.stack([at_step.spread, at_loss.spread, zero, zero])
 
-    def _summed(self, x: Array, known: Array, spread: Array) -> Signal:
-        """The signals after these x; where x is not known only a pause can begin."""
+    def _signals_after(self, values: Array, known: Array, spread: Array) -> Signal:
+        """The signals after these values, of which some may not be known.
+
+        The noise sets the allowance, the allowance the limit, and S above the limit rings. A signal
+        without a value stays as it was, but starts anew after a pause.
+        """
         old, rule, u = self.signals, self.thresholds, jnp.log2(self.step)
         overfitting = jnp.arange(len(SIGNALS)) < len(OVERFITTING)
         aligned, first_epoch = self.peak_lar > ALIGNED, self.step < self.second_epoch
-        old = replace(old, heard=jnp.where(known | (u - old.doublings <= LONGEST), old.heard, 0))
-        new = _heard(old, u, x, aligned & first_epoch & overfitting)
+        paused = ~known & (u - old.doublings > LONGEST)
+        old = replace(old, heard=jnp.where(paused, 0, old.heard))
+        new = _heard(old, u, values, aligned & first_epoch & overfitting)
         # The means that `matched_loss` compares hide the noise that the other two show.
         noise = jnp.maximum(jnp.max(new.jitter[: len(OVERFITTING)]), jnp.maximum(spread, new.noise))
         least = jnp.maximum(rule.allowance, rule.noises * noise)
+        # LAR rises by this when the effective dimension falls to `grokked` of itself.
         rise = 0.5 * math.log(1 / rule.grokked) / math.log(self.n or 2)
         allowance = jnp.where(overfitting, least, rise)
         in_force = (aligned & ~first_epoch | ~overfitting) & (new.heard > 2)
         limit = jnp.where(in_force, rule.hold * least, 0)
-        known_S = jnp.clip(old.known_S + (new.level - allowance) * old.width, 0, 2 * limit)
-        new = replace(new, allowance=allowance, limit=limit, known_S=known_S)
+        settled_S = jnp.clip(old.settled_S + (new.level - allowance) * old.width, 0, 2 * limit)
+        new = replace(new, allowance=allowance, limit=limit, settled_S=settled_S)
         rang = old.first_alarm_step > 0
         new = replace(
             new,
@@ -231,24 +238,31 @@ class Monitor(eqx.Module):
         return jax.tree.map(partial(jnp.where, known), new, old)
 
 
-def _heard(old: Signal, u: Array, x: Array, learns: Array) -> Signal:
-    """With one more value, and the noise that it shows; `learns`: of the first epoch."""
+def _heard(old: Signal, u: Array, value: Array, first_epoch: Array) -> Signal:
+    """The signals after one more value: their history, level and jitter, and their noise.
+
+    Args:
+        first_epoch: whether what a signal says is noise as yet, because nothing can overfit.
+    """
     enough, width = old.heard > 1, jnp.minimum(u - old.doublings, LONGEST)
-    both, level = width + old.width, _median(x, old.recent, old.earlier)
-    part = width / jnp.maximum(both, 1e-6)
-    bend = jnp.abs(old.recent - part * old.earlier - (1 - part) * x)
-    bend = jnp.minimum(bend, 4 * old.jitter + NOISELESS)  # an outlier is forgotten soon
-    weight = jnp.clip(both, 1 / jnp.maximum(old.heard - 1, 1), 1)
-    share = jnp.where(enough & learns, 1 - jnp.exp2(-old.width), 0)
+    span, level = width + old.width, _median(value, old.recent, old.earlier)
+    # How far the middle one of three values is from the straight line between the others.
+    toward_earlier = width / jnp.maximum(span, 1e-6)
+    off_line = jnp.abs(old.recent - toward_earlier * old.earlier - (1 - toward_earlier) * value)
+    off_line = jnp.minimum(off_line, 4 * old.jitter + NOISELESS)  # an outlier is forgotten soon
+    # A plain mean at first, then one over about a doubling.
+    weight = jnp.clip(span, 1 / jnp.maximum(old.heard - 1, 1), 1)
+    # The share of all steps since the value before: noise is a mean over steps.
+    share = jnp.where(enough & first_epoch, 1 - jnp.exp2(-old.width), 0)
     return replace(
         old,
         level=level,
-        jitter=old.jitter + jnp.where(enough, weight, 0) * (bend - old.jitter),
+        jitter=old.jitter + jnp.where(enough, weight, 0) * (off_line - old.jitter),
         noise=jnp.sqrt((1 - share) * jnp.square(old.noise) + share * jnp.square(level)),
         heard=old.heard + 1,
-        doublings=jnp.full_like(x, u),
+        doublings=jnp.full_like(value, u),
         width=width,
-        recent=x,
+        recent=value,
         earlier=old.recent,
     )
 

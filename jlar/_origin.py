@@ -123,6 +123,7 @@ def _named(origin: Origin, index: str) -> Origin:
 
 
 def _index(start: int, end: int, stride: int, *, size: int) -> str:
+    """As one writes an index: `:`, `0:64`, `::2`; one row is `3`, though its axis stays."""
     if stride != 1:
         return f"{start or ''}:{'' if end == size else end}:{stride}"
     if (start, end) == (0, size):

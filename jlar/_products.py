@@ -24,7 +24,11 @@ Squares = tuple[Float[Array, "*stack"], Float[Array, "*stack"], Float[Array, "*s
 
 @dataclass(frozen=True)
 class Product:
-    """Y = X W^T, once or for a stack of matrices."""
+    """Y = X W^T, once or for a stack of matrices.
+
+    Each kind has `squares`: of Y, X and W, in this order, the sums over the kept tokens, one for
+    each matrix of the stack, in the dtype `acc`; and `matrices`: W, X, Y and mask as such.
+    """
 
     n: int
     m: int
@@ -72,7 +76,7 @@ class Dot(Product):
         return W, X.reshape(*tokens, self.n), Y.reshape(*tokens, self.m), keep
 
 
-def dot(eqn: Any, left: bool) -> Dot:
+def dot(eqn: Any, weight_is_left: bool) -> Dot:
     """The product, of which the left or the right operand is the weight."""
     contracted, batch = eqn.params["dimension_numbers"]
     shapes, axes = [atom.aval.shape for atom in eqn.invars], []
@@ -83,7 +87,7 @@ def dot(eqn: Any, left: bool) -> Dot:
     numbers = itertools.count()
     in_order = (axes[0][0], axes[0][1], axes[1][1])
     stacked, *free = (tuple(itertools.islice(numbers, len(each))) for each in in_order)
-    w, x = (0, 1) if left else (1, 0)
+    w, x = (0, 1) if weight_is_left else (1, 0)
     stack, outputs, inputs = (tuple(shapes[w][d] for d in group) for group in axes[w])
     return Dot(
         n=math.prod(inputs),
@@ -117,7 +121,7 @@ class Conv(Product):
         """The squares of all patches are a convolution of those of X with a kernel of ones."""
         shape = list(W.shape)
         shape[self.numbers.rhs_spec[0]] = math.prod(self.stack)
-        patches = jax.lax.conv_general_dilated(
+        patch_squares = jax.lax.conv_general_dilated(
             jnp.square(X.astype(acc)),
             jnp.ones(shape, acc),
             **dict(self.geometry),
@@ -127,9 +131,9 @@ class Conv(Product):
         )
         stack = tuple(range(len(self.stack)))
         tokens = tuple(range(len(stack), len(stack) + len(self.tokens)))
-        patches = _masked(self._by_group(patches, 1), keep, tokens)
+        patch_squares = _masked(self._by_group(patch_squares, 1), keep, tokens)
         Y = _masked(self._by_group(Y, self.m), keep, tokens)
-        x = jnp.sum(patches, axis=(*tokens, -1))
+        x = jnp.sum(patch_squares, axis=(*tokens, -1))
         return _over(Y, stack, acc), x, _over(self._kernel(W), stack, acc)
 
     def matrices(self, keep: Array | None, W: Array, X: Array, Y: Array) -> Any:
@@ -145,10 +149,10 @@ class Conv(Product):
         return self._kernel(W), X, Y, keep
 
 
-def conv(eqn: Any, left: bool) -> Conv | str:
-    """The product with patches of the left operand, or why it is none."""
+def conv(eqn: Any, weight_is_left: bool) -> Conv | str:
+    """The product of kernel and patches, or as text why it is not measured."""
     params = eqn.params
-    if left:
+    if weight_is_left:
         return "the input of a convolution, not its kernel"
     if params["batch_group_count"] != 1:
         return "a convolution whose batch is grouped (batch_group_count)"
@@ -170,7 +174,7 @@ def conv(eqn: Any, left: bool) -> Conv | str:
 class Ragged(Product):
     """A `ragged_dot`: consecutive tokens belong to one of several stacked matrices (experts)."""
 
-    transposed: bool  # Whether W is stored (groups, n, m)
+    inputs_first: bool  # Whether W is stored (groups, n, m), as JAX does by default
     stacked = (0, None, None, 0)
 
     def _group(self, sizes: Array) -> Array:
@@ -201,22 +205,21 @@ class Ragged(Product):
         """One W per group, all of X and Y, and the mask of the group's tokens."""
         group = jnp.arange(self.stack[0], dtype=jnp.int32)
         mine = self._group(sizes)[None, :] == group[:, None]
-        W = jnp.swapaxes(W, 1, 2) if self.transposed else W
+        W = jnp.swapaxes(W, 1, 2) if self.inputs_first else W
         return W, X, Y, mine if keep is None else mine & keep[None, :]
 
 
-def ragged(eqn: Any, left: bool) -> Ragged | str:
-    """The grouped product of X (t, n) and W (groups, n, m), or why it is none."""
+def ragged(eqn: Any, weight_is_left: bool) -> Ragged | str:
+    """The product of X (t, n) and W (groups, n, m) or (groups, m, n), or as text why it is none."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (lhs, rhs), (batch, _) = numbers.dot_dimension_numbers
     plain = tuple(lhs) == (1,) and not batch and tuple(numbers.lhs_ragged_dimensions) == (0,)
-    if left or not plain or tuple(numbers.rhs_group_dimensions) != (0,):
+    if weight_is_left or not plain or tuple(numbers.rhs_group_dimensions) != (0,):
         return "a ragged product other than X (tokens, n) with W (groups, n, m)"
-    transposed = tuple(rhs) == (1,)
-    X, W = (atom.aval.shape for atom in eqn.invars[:2])
-    groups, *sides = W
-    n, m = sides if transposed else sides[::-1]
-    return Ragged(n, m, X[:1], (groups,), transposed)
+    inputs_first = tuple(rhs) == (1,)
+    tokens, (groups, *sides) = (atom.aval.shape for atom in eqn.invars[:2])
+    n, m = sides if inputs_first else sides[::-1]
+    return Ragged(n=n, m=m, tokens=tokens[:1], stack=(groups,), inputs_first=inputs_first)
 
 
 PRODUCTS: dict[str, Callable[[Any, bool], Any]] = {
@@ -224,7 +227,7 @@ PRODUCTS: dict[str, Callable[[Any, bool], Any]] = {
     "conv_general_dilated": conv,
     "ragged_dot_general": ragged,
 }
-"""The product of an equation whose left or right operand is the weight, or why it is none."""
+"""The product of an equation whose left or right operand is the weight, or why not, as text."""
 
 
 def _over(a: Array, stacked: Axes, acc: Any) -> Float[Array, "*stack"]:

@@ -30,7 +30,7 @@ def _inlined(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
 
 
 def _placed(values: Values, places: Values | None) -> Values:
-    """The values where a jit asks for them to be."""
+    """The values with a jit's shardings, which inlining it would lose; without any, as they are."""
     return [
         jax.lax.with_sharding_constraint(a, place)
         if isinstance(place, jax.sharding.Sharding)
@@ -49,12 +49,12 @@ def _remat(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
 def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """A function with a derivative of its own, left as it is.
 
-    The statistics come from a second, silent evaluation without derivative, which XLA merges with
-    the first unless the rule for the derivative computes something else.
+    The statistics come from a second evaluation, which prints nothing and has no derivative. XLA
+    merges both unless the rule for the derivative computes something else.
     """
     if walk.quiet:  # this is that evaluation
         return _inlined(walk, eqn, given)
-    if not eqn.outvars:
+    if not eqn.outvars:  # it has effects alone, which a second evaluation would have again
         return walk.plain(eqn, given)
     plan = walk.silent().plan(_closed(eqn), given)
 
@@ -62,6 +62,7 @@ def _custom_derivative(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
         return [], plan.run(*jax.lax.stop_gradient(args))[1]
 
     what = eqn.primitive.name.removesuffix("_call")
+    # run=None leaves the call as it is, and beside it goes the second evaluation.
     return plan.inside(what, run=None, beside=Step(run, eqn, eqn.invars))
 
 

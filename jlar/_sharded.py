@@ -1,4 +1,4 @@
-"""The functions of (W, X) for those who hold a mesh and PartitionSpecs."""
+"""sharded: a function of (W, X) for those who hold a mesh and PartitionSpecs."""
 
 from collections.abc import Callable
 from functools import cache
@@ -58,11 +58,11 @@ def sharded(
     """
 
     @cache
-    def program(given: tuple[str, ...], ndim: int) -> Callable[[dict[str, Array]], Any]:
-        """The jitted function of the arrays given, of which X has so many axes."""
+    def compiled(given: tuple[str, ...], ndim: int) -> Callable[[dict[str, Array]], Any]:
+        """The jitted function of these operands, for an X of `ndim` axes."""
         rows, inputs = map(names, (*W_spec, None, None)[:2])
         *of_tokens, last = (*X_spec, *(None,) * ndim)[:ndim]
-        split = Split(sum(map(names, of_tokens), ()), rows, inputs, names(last))
+        split = Split(t=sum(map(names, of_tokens), ()), m=rows, n=inputs, columns=names(last))
         specs = {"W": W_spec, "X": X_spec, "Y": P(*of_tokens, split.outputs), "mask": P(*of_tokens)}
         specs = {name: specs[name] for name in given}
         places = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
@@ -70,7 +70,7 @@ def sharded(
         def local(operands: dict[str, Array]) -> Any:
             return function(operands.pop("W"), operands.pop("X"), **operands, axes=split)
 
-        def call(operands: dict[str, Array]) -> Any:
+        def place_and_run(operands: dict[str, Array]) -> Any:
             for name, a in operands.items():
                 # On explicit axes shard_map takes no array that lies nowhere yet.
                 if mesh.abstract_mesh.explicit_axes and not jax.typeof(a).sharding.mesh.axis_names:
@@ -78,7 +78,7 @@ def sharded(
             return jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P())(operands)
 
         # JAX refuses arrays that lie elsewhere, instead of moving them.
-        return jax.jit(call, in_shardings=(places,))
+        return jax.jit(place_and_run, in_shardings=(places,))
 
     def call(
         W: ArrayLike, X: ArrayLike, *, Y: ArrayLike | None = None, mask: ArrayLike | None = None
@@ -86,6 +86,6 @@ def sharded(
         W, X = matrices(W, X)
         given = {"W": W, "X": X, "Y": Y, "mask": mask}
         operands = {name: jax.numpy.asarray(a) for name, a in given.items() if a is not None}
-        return program(tuple(operands), X.ndim)(operands)
+        return compiled(tuple(operands), X.ndim)(operands)
 
     return call

@@ -49,7 +49,7 @@ class Sites(tuple[Row, ...]):
                 rows.append(Row(path, leaf.shape, *measured))
             why = dict.fromkeys(note for number, note in program.plan.notes if number == i)
             if why or not here:
-                rows.append(Row(path, leaf.shape, why="; ".join(why) or _unseen(program, i)))
+                rows.append(Row(path, leaf.shape, why="; ".join(why) or _no_product(program, i)))
         return cls(dict.fromkeys(rows))
 
     def __str__(self) -> str:
@@ -63,10 +63,10 @@ class Sites(tuple[Row, ...]):
     __repr__ = __str__
 
 
-def _unseen(program: Program, i: int) -> str:
-    """Why a leaf that met nothing has no site."""
+def _no_product(program: Program, i: int) -> str:
+    """Why a leaf of which the walk noted nothing has no product."""
     jaxpr = program.closed.jaxpr
-    variable = jaxpr.invars[i]
+    variable = jaxpr.invars[i]  # the leaves of the first argument are the first inputs
     if not is_weight(program.leaves[i]):
         return "a random key"
     if any(variable is atom for atom in jaxpr.outvars):
@@ -116,6 +116,6 @@ def sites(
     """
 
     def call(weights: PyTree, /, *args: Any, **kwargs: Any) -> Sites:
-        return Sites.of(Program(f, (weights, *args), kwargs, energies, where, None, axes))
+        return Sites.of(Program(f, (weights, *args), kwargs, energies, where, mask=None, axes=axes))
 
     return call

@@ -1,4 +1,4 @@
-"""Spectra: what is read from p of the weights and q of the activations."""
+"""The class Spectra: what is read from p and q (`spectra`, which makes them, is in _alignment)."""
 
 from typing import NamedTuple
 

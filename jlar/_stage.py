@@ -1,4 +1,4 @@
-"""The one private name of JAX that jlar uses, and what stands in where it is missing."""
+"""stage: runs a jaxpr as one equation, by the one private name of JAX that jlar uses."""
 
 from typing import Any
 

@@ -57,10 +57,11 @@ class Walk:
         return self.numbers.setdefault(of, len(self.numbers))
 
     def plan(self, program: jex.ClosedJaxpr, origins: Sequence[Origin]) -> Plan:
-        """The plan of a program whose inputs have these origins.
+        """The plan of a program, whose inputs, or constants and then inputs, have these origins.
 
-        Those of its constants may precede them; else they are data.
+        Constants without one are data.
         """
+        # No other program can have this id meanwhile: the plan keeps the program.
         key = self.quiet, id(program.jaxpr), tuple(origins)
         if key not in self.plans:
             variables = [*program.jaxpr.constvars, *program.jaxpr.invars]
@@ -107,7 +108,7 @@ class Walk:
         name, notes = eqn.primitive.name, []
         if name in devices.ONE_TO_ONE:
             origins = [o._replace(number=None, joins=()) for o in given]
-            return Plan(devices.after(eqn, origins))
+            return Plan(devices.split_after(eqn, origins))
         large = given
         if name in ("mul", "div") and any(o.leaves for o in given):
             # A scalar of the data cancels on a weight, but data times a scalar weight is data.
@@ -126,7 +127,7 @@ class Walk:
             origins = [
                 joined._replace(number=self.number(i, *computed)) for i in range(len(eqn.outvars))
             ]
-        return Plan(devices.after(eqn, origins), notes=notes)
+        return Plan(devices.split_after(eqn, origins), notes=notes)
 
     def _product(self, given: list[Origin], eqns: Sequence[Any], i: int) -> Plan:
         """A product of a weight with data: a site if it can be measured and is asked for."""

@@ -26,7 +26,7 @@ class _Rule(NamedTuple):
 
     soft_cap: float | None
     z_loss: float
-    pooled: bool  # the sum over tokens, rather than one loss per token
+    reduces: bool  # the sum over tokens, rather than one loss per token
     dtype: jnp.dtype  # of W and X, hence of their gradients
     vocabulary: tuple[str, ...]  # mesh axes that split it inside shard_map
 
@@ -64,7 +64,7 @@ def cross_entropy(
     Args:
         W: the unembedding (V, n). If W and X differ in dtype, or are narrower than half precision,
             both are cast to float32.
-        labels: (...,) integers from 0 to V - 1, or `ignore`, after what makes the logits.
+        labels: (...,) integers from 0 to V - 1, or `ignore`; X[t] predicts labels[t].
         weights: (...,) factors of the tokens' losses; "mean" divides by their sum. A token of
             weight 0 is dropped as by the mask; the energies count all others once.
         chunk: tokens at a time. By default n, for which the logits take the room of one float32
@@ -114,7 +114,8 @@ def cross_entropy(
         keep &= factors != 0
     X, factors, labels = (check.zero_masked(a, keep) for a in (X, factors, labels))
     divisor = jnp.sum(factors)
-    # After the sum, so that the gradient of the mean is nan for that token alone.
+    # A label outside the vocabulary makes its token's loss nan; after the sum, so that the
+    # gradient of the mean is nan for that token alone.
     factors = jnp.where((labels >= 0) & (labels < V * size(split.m)), factors, jnp.nan)
 
     dtype = W.dtype if W.dtype == X.dtype and W.dtype in check.MULTIPLIED else acc
@@ -126,15 +127,16 @@ def cross_entropy(
         W, X = vary_as(W, X, labels, factors), vary_as(X, W, labels, factors)
         flat = X.reshape(-1, n), labels.ravel(), factors.ravel()
         loss, y = _losses(rule, W, *(_chunks(a, chunk) for a in flat))
-        if not rule.pooled:
+        if not rule.reduces:
+            # Undo `_chunks`, which deals tokens out in turn, and drop its padding.
             loss = loss.T.ravel()[: labels.size].reshape(tokens)
         return loss, y
 
-    loss_spec = PartitionSpec() if rule.pooled else jax.typeof(labels).sharding.spec
+    loss_spec = PartitionSpec() if rule.reduces else jax.typeof(labels).sharding.spec
     loss, y = on_auto_axes(all_losses, (loss_spec, PartitionSpec()))(
         W.astype(dtype), X.astype(dtype), labels, factors
     )
-    if rule.pooled:
+    if rule.reduces:
         loss = total(loss, split.t, split)
     if reduction == "mean":
         loss = loss / total(divisor, split.t, split)
@@ -177,7 +179,7 @@ def _chunks(a: Array, chunk: int) -> Array:
 def _token_losses(
     Y: Float[Array, "c V"], labels: Int[Array, "c"], factors: Float[Array, "c"], rule: _Rule
 ) -> Float[Array, "c"]:
-    """The formula; its two sums over v go over the devices that split the vocabulary."""
+    """Each token's loss before its factor, 0 where that is 0; sums over v go over the devices."""
     z = Y if rule.soft_cap is None else rule.soft_cap * jnp.tanh(Y / rule.soft_cap)
     first = jax.lax.axis_index(rule.vocabulary) * Y.shape[1] if rule.vocabulary else 0
     # A sum and not a gather: it fuses with the other, and its gradient is not a scatter.
@@ -194,7 +196,7 @@ def _token_losses(
     return jnp.where(factors != 0, loss, 0)
 
 
-def _scan(
+def _by_chunks(
     rule: _Rule,
     W: Float[Array, "V n"],
     X: Float[Array, "steps c n"],
@@ -202,7 +204,7 @@ def _scan(
     factors: Float[Array, "steps c"],
     cotangents: Float[Array, "steps c"] | None = None,
 ) -> tuple[Float[Array, "steps c"], Float[Array, ""], Any, Any]:
-    """Losses, the sum of squares of Y and, given cotangents of the losses, gradients of W and X.
+    """Losses before their factors, the sum of squares of Y and, given cotangents, dW and dX.
 
     The gradients have the dtype of sums; without cotangents they are None.
     """
@@ -227,26 +229,26 @@ def _value(
     rule: _Rule, W: Array, X: Array, labels: Array, factors: Array
 ) -> tuple[Float[Array, "..."], Float[Array, ""]]:
     """The losses times their factors, or the sum of these, and the sum of squares of Y."""
-    losses, y, _, _ = _scan(rule, W, X, labels, factors)
+    losses, y, _, _ = _by_chunks(rule, W, X, labels, factors)
     losses = losses * factors
-    return (jnp.sum(losses) if rule.pooled else losses), y
+    return (jnp.sum(losses) if rule.reduces else losses), y
 
 
 def _forward(rule: _Rule, W: Array, X: Array, labels: Array, factors: Array):
-    if not rule.pooled:
+    if not rule.reduces:
         return _value(rule, W, X, labels, factors), (W, X, labels, factors)
     # Cotangents of order 1: small ones, 1/tokens say, would underflow fp16 in the products.
-    losses, y, dW, dX = _scan(rule, W, X, labels, factors, factors)
+    losses, y, dW, dX = _by_chunks(rule, W, X, labels, factors, factors)
     return (jnp.sum(losses * factors), y), (losses, dW, dX)
 
 
 def _backward(rule: _Rule, residuals: Sequence[Array], cotangents: tuple[Array, Array]):
     g, _ = cotangents  # y is a statistic
-    if rule.pooled:
+    if rule.reduces:
         dfactors, dW, dX = (g * a for a in residuals)
     else:
         W, X, labels, factors = residuals
-        losses, _, dW, dX = _scan(rule, W, X, labels, factors, g * factors)
+        losses, _, dW, dX = _by_chunks(rule, W, X, labels, factors, g * factors)
         dfactors = g * losses
     return dW.astype(rule.dtype), dX.astype(rule.dtype), None, dfactors
 

@@ -17,12 +17,12 @@ with install_import_hook(["jlar", "jlar_experiments", "reference"], "beartype.be
 
 @pytest.fixture(autouse=True, scope="module")
 def strict_promotion(request):
-    """No implicit promotion of dtypes, nor of ranks in the library (models of studies broadcast).
+    """No implicit promotion of dtypes, nor of ranks but in models, which are as users write them.
 
     Of the modules, for what they share is compiled once only if it sees the same.
     """
-    models = {"experiments", "jlar_experiments"}.intersection(request.path.parts)
-    ranks = "allow" if models else "raise"
+    studies = {"experiments", "jlar_experiments"}.intersection(request.path.parts)
+    ranks = "allow" if studies or request.path.name.startswith("test_capture") else "raise"
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion(ranks):
         yield
 
