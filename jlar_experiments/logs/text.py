@@ -49,9 +49,10 @@ def table(data: bytes, *, lar: str | None, pattern: str | None, growing: bool) -
         if _whole(head):
             found = _json(_in_lines(lines(), bad), bad)
         else:
+            head = ""  # which may be all of it
             whole = data.decode(encoding(data), "replace")
             start = next(BEFORE.finditer(whole)).end()
-            found = _json(_objects(whole[start:], bad, growing), bad)
+            found = _json(_objects(whole, bad, growing, start), bad)
         if found.rows:
             return found
     name = re.escape(lar) if lar else r"lar(?![a-z])[\w/.-]*"
@@ -82,7 +83,9 @@ def _pairs(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def _whole(line: str) -> bool:
-    """Whether a line is one JSON object."""
+    """Whether a line is one JSON object; a whole log in one list is not parsed for that."""
+    if not line.startswith("{"):
+        return False
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -115,9 +118,11 @@ def _in_lines(lines: Iterator[str], bad: list[int]) -> Iterator[dict[str, Any]]:
             yield from _objects(line.strip(), bad)
 
 
-def _objects(text: str, bad: list[int], growing: bool = False) -> Iterator[dict[str, Any]]:
+def _objects(
+    text: str, bad: list[int], growing: bool = False, at: int = 0
+) -> Iterator[dict[str, Any]]:
     """The objects in a text, one after another; where a line is something else goes to `bad`."""
-    decode, at = json.JSONDecoder(strict=False).raw_decode, 0
+    decode, first = json.JSONDecoder(strict=False).raw_decode, at
     while at < len(text):
         try:
             value, at = decode(text, at)
@@ -128,7 +133,7 @@ def _objects(text: str, bad: list[int], growing: bool = False) -> Iterator[dict[
             value, at = None, len(text) if end < 0 else end
         if isinstance(value, dict):
             yield value
-        elif text[0] != "#":
+        elif text[first] != "#":
             bad.append(at)
         at = next(BETWEEN.finditer(text, at)).end()
 
