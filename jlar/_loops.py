@@ -10,14 +10,15 @@ from jaxtyping import Array
 
 from ._origin import Origin
 from ._plan import Key, Plan, Site, Statistics, Values, pooled, rekeyed
+from ._stage import scanned
 from ._walk import Walk
 
 
 def scan(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """One row per iteration for a weight that differs between iterations; else pooled."""
     params, body, loop = eqn.params, eqn.params["jaxpr"], walk.number(object())
-    consts, length = params["num_consts"], params["length"]
-    end = consts + params["num_carry"]
+    length, (consts, carried) = params["length"], scanned(params)
+    end = consts + carried
     plan, origins = _fixed_point(walk, body, given, consts, end, loop)
     rows = {site.key for site in plan.sites if loop in site.key.varies}
 

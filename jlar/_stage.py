@@ -1,7 +1,8 @@
-"""stage: runs a jaxpr as one equation, by the one private name of JAX that jlar uses."""
+"""What differs between versions of JAX, and the one private name of it that jlar uses."""
 
 from typing import Any
 
+import jax
 import jax.extend.core as jex
 
 try:
@@ -10,10 +11,19 @@ try:
     from jax._src.lax.eval_jaxpr import eval_jaxpr_p
 except ImportError:
     eval_jaxpr_p = None
+PROGRAM = "call_jaxpr" if jax.__version_info__ >= (0, 12) else "jaxpr"
 
 
 def stage(closed: jex.ClosedJaxpr, *args: Any) -> list[Any]:
     """What the program computes of these arguments."""
     if eval_jaxpr_p is None:
         return jex.jaxpr_as_fun(closed)(*args)
-    return eval_jaxpr_p.bind(*args, jaxpr=closed)
+    return eval_jaxpr_p.bind(*args, **{PROGRAM: closed})
+
+
+def scanned(params: dict[str, Any]) -> tuple[int, int]:
+    """How many inputs of a scan are the same in every iteration, and how many it carries."""
+    if "ft_in" in params:  # since JAX 0.11
+        constant, carried, _ = map(len, params["ft_in"].unpack())
+        return constant, carried
+    return params["num_consts"], params["num_carry"]

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from numpy import ndarray
 
 import jlar
+from jlar._stage import scanned
 
 PROGRAMS = 500
 T = 6  # tokens
@@ -1010,7 +1011,8 @@ def stepwise(closed: jex.ClosedJaxpr, *args: Any) -> list[ndarray]:
 def operation(eqn: Any, given: list[ndarray]) -> list[Any]:
     p, name = eqn.params, eqn.primitive.name
     if name == "scan":
-        k, c = p["num_consts"], p["num_consts"] + p["num_carry"]
+        constant, carried = scanned(p)
+        k, c = constant, constant + carried
         carry, rows, order = given[k:c], [], range(p["length"])
         for i in reversed(order) if p["reverse"] else order:
             outs = stepwise(p["jaxpr"], *given[:k], *carry, *(a[i] for a in given[c:]))
