@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jlar_experiments.grokking import intervention
+from jlar_experiments.grokking import analysis, intervention
 from jlar_experiments.monitoring import redundancy
 from jlar_experiments.pretraining import beyond_loss
 
@@ -57,6 +57,17 @@ def test_the_table_of_predicted_gaps():
         assert line.endswith(cells)
     low, high = found["interval"]
     assert f"falls by {found['fall']:.0%} (95% interval {100 * low:.0f} to {high:.0%}" in PAGE
+
+
+def test_the_table_of_runs_that_keep_the_last_batch():
+    for folder in sorted((RESULTS / "grok-last-batch").glob("grok-*")):
+        [line] = analysis.read(folder).seeds.values()
+        cells = []
+        for row in map(line.at, analysis.POINTS):
+            numbers = row and f"{row['k_pred']:.1f}, {row['k95']:.0f}"
+            cells.append(f"{row['epoch']}, {short(row['lar'])}, {numbers}" if row else "-")
+        rings = [row["epoch"] for row in line.rows if "grokking" in row["alarms"]]
+        assert f"| {' | '.join(cells)} | {rings[0] if rings else 'never'} |" in PAGE
 
 
 def test_the_table_of_pushing_lar():
