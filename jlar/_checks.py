@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
-from ._mesh import Axes, Split, as_split, check_varies, size
+from ._mesh import Axes, Split, as_split, check_varies, size, varying
 
 # Inputs and outputs have names of their own, because inside shard_map the columns or rows of W may
 # be split over devices where X and Y are whole.
@@ -120,6 +120,8 @@ def unit(A: Array, acc: jnp.dtype, split: Split) -> tuple[Array, Int[Array, ""]]
     A = multiplied(A, acc)
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(A)), initial=0).astype(acc)
     axes = tuple(dict.fromkeys(sum(split, ())))
+    # Since JAX 0.12 not together with axes along which it is known to be the same.
+    axes = tuple(a for a in axes if a in varying(largest)) or axes
     _, exponent = jnp.frexp(jax.lax.pmax(largest, axes) if axes else largest)
     limit = jnp.finfo(A.dtype).maxexp - 2  # so that the factor is neither infinite nor flushed
     exponent = jnp.clip(exponent, -limit, limit)

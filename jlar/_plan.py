@@ -15,7 +15,7 @@ from ._devices import over_devices
 from ._mesh import Split
 from ._origin import Origin
 from ._pool import Pool
-from ._stage import stage
+from ._stage import height, stage
 
 Values = Sequence[Any]
 Statistics = dict["Key", PyTree]
@@ -144,7 +144,8 @@ def _traced(step: Step, traces: dict[Any, Traced]) -> Traced:
 def _closed(inputs: list[Any], results: list[Any], eqns: list[Any], name: str) -> jex.ClosedJaxpr:
     effects = frozenset().union(*(eqn.effects for eqn in eqns if eqn.effects))
     named = jex.DebugInfo("jlar.capture", name, ("",) * len(inputs), ("",) * len(results))
-    return jex.ClosedJaxpr(jex.Jaxpr([], inputs, results, eqns, effects, named), [])
+    jaxpr = jex.Jaxpr([], inputs, results, eqns, effects, named, **height(eqns))
+    return jex.ClosedJaxpr(jaxpr, [])
 
 
 def pooled(a: Statistics, b: Statistics) -> Statistics:

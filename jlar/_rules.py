@@ -137,6 +137,7 @@ def _closed(eqn: Any) -> jex.ClosedJaxpr:
 RULES: dict[str, Callable[[Walk, Any, list[Origin]], Plan]] = {
     "jit": _inlined,
     "closed_call": _inlined,
+    "eval_jaxpr": _inlined,  # of a capture within this one
     "remat2": _remat,
     "custom_jvp_call": _custom_derivative,
     "custom_vjp_call": _custom_derivative,

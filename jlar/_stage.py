@@ -1,5 +1,6 @@
 """What differs between versions of JAX, and the one private name of it that jlar uses."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,6 +20,14 @@ def stage(closed: jex.ClosedJaxpr, *args: Any) -> list[Any]:
     if eval_jaxpr_p is None:
         return jex.jaxpr_as_fun(closed)(*args)
     return eval_jaxpr_p.bind(*args, **{PROGRAM: closed})
+
+
+def height(eqns: Iterable[Any]) -> dict[str, bool]:
+    """What a program has to be told beyond its equations: since JAX 0.12, if one is "high"."""
+    if jax.__version_info__ < (0, 12):
+        return {}
+    types = ((eqn, [atom.aval for atom in eqn.invars]) for eqn in eqns)
+    return {"is_high": any(eqn.primitive.is_high(*of, **eqn.params) for eqn, of in types)}
 
 
 def scanned(params: dict[str, Any]) -> tuple[int, int]:

@@ -35,8 +35,8 @@ NEEDS_Y = ("inputs", "inputs of W", "FSDP over outputs", "FSDP over inputs")
 def arrays():
     keys = jax.random.split(jax.random.key(0), 3)
     scale = jnp.linspace(1, 2, N)  # singular values apart, so that q is well defined
-    W = jax.random.normal(keys[0], (M, N)) * scale
-    X = jax.random.normal(keys[1], (B, T, N)) * scale
+    W = jax.random.normal(keys[0], (M, N)) * scale[None]
+    X = jax.random.normal(keys[1], (B, T, N)) * scale[None, None]
     labels = jax.random.randint(keys[2], (B, T), 0, M).at[0, 0].set(-100)
     return W, X, labels
 
