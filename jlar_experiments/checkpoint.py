@@ -104,7 +104,9 @@ class Checkpoints:
         return found
 
     def _numbered(self) -> list[str]:
-        return [each.name for each in self._folder.iterdir() if each.name.isdigit()]
+        """The steps as orbax names them; 007, or a digit of another script, is somebody else's."""
+        names = (each.name for each in self._folder.iterdir())
+        return [name for name in names if name.isdecimal() and name == str(int(name))]
 
     def _digested(self, step: int) -> int:
         """The digest that was saved with the state, if orbax can read what it reads of it."""

@@ -175,7 +175,7 @@ def _go_on(
         listed = ", ".join(different)
         raise Refusal(f"{folder} holds a run with {listed}; choose --fresh or another --out")
     for name in grown:
-        say(f"{folder} was to end at {name} {there[name]:,}, now at {here[name]:,}{longer[name]}")
+        say(f"{folder} had {name} {there[name]:,} and now has {here[name]:,}{longer[name]}")
     now = records.environment()
     before = {name: there[name] for name in grown}
     before |= {name: stored.get(name) for name in now if stored.get(name) != now[name]}

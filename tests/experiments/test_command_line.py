@@ -103,7 +103,7 @@ def test_settings_follow_from_the_data_and_a_longer_run_goes_on(tmp_path, monkey
     longer = [*command, "--warm-up=6"]
     assert cli.main([*longer, "--steps=12"]) == 0
     earlier = capsys.readouterr().err
-    assert "end at steps 6, now at 12, with the learning rate" in earlier
+    assert "had steps 6 and now has 12, with the learning rate" in earlier
     assert "compiling" in earlier and "? left" not in earlier
     rows = (folder.parent / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == list(range(12))

@@ -117,13 +117,13 @@ def test_damaged_metadata_moves_its_checkpoint_aside(two, tmp_path):
 def test_folders_of_somebody_else_are_not_deleted(two, tmp_path):
     """Numbered folders beside checkpoints are renamed; a linked folder is refused."""
     place = Path(shutil.copytree(two, tmp_path / "checkpoints"))
-    for year in ("3", "2021", "2022"):
+    for year in ("3", "007", "²", "2021", "2022"):
         (place / year).mkdir()
         (place / year / "cat.jpg").write_bytes(b"cat")
     found = newest(place)
     assert found is not None and found[0] == 20
     saved(place, 30, 40)
-    assert len(list(place.glob("*/cat.jpg"))) == 3
+    assert len(list(place.glob("*/cat.jpg"))) == 5
 
 
 @pytest.mark.parametrize(
