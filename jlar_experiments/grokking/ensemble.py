@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,8 +96,12 @@ class Ensemble:
             if self.epoch():
                 say(f"continuing from epoch {self.epoch()}")
             with stops(signal.SIGINT, signal.SIGTERM) as stop:
-                self._log([each for each in self.members if each.line.epoch < 0], 0.0)
-                self._save(force=True)
+                # Training is compiled beside the first log, each on a core of its own.
+                with ThreadPoolExecutor(1) as other:
+                    compiled = other.submit(self._compile)
+                    self._log([each for each in self.members if each.line.epoch < 0], 0.0)
+                    self._save(force=True)
+                    compiled.result()
                 while (live := self._live()) and time.monotonic() < until and not stop():
                     rows = self._log(live, self._advance(live))
                     self._save(force=False)
@@ -144,6 +149,10 @@ class Ensemble:
         state = jax.tree.map(np.array, self.state)  # a copy: the next chunk takes the buffers over
         for i, each in enumerate(self.placed):
             each.run.states[each.place] = train.member(state, i)
+
+    def _compile(self) -> None:
+        nowhere = np.zeros(len(self.state.epoch), np.int32)
+        train.advanced.lower(self.program, self.mesh, self.state, self.data, nowhere).compile()
 
     def _advance(self, live: list[Member]) -> float:
         """Train these members up to their next logs; returns the seconds it took for each."""

@@ -1,6 +1,7 @@
 """The page and tables of `jlar paper grokking`, from the records of its runs alone."""
 
 import csv
+import dataclasses
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from ..errors import Refusal
 from ..records import write_whole
 from . import analysis, beyond, plates
 from .analysis import REFERENCE, Run, Timeline
+from .config import GrokConfig
 
 RESAMPLES = 10_000
+FEWEST = 5  # runs, of which an interval says something
 COLUMNS = ("memorised", "grokked", "final_grokked", "final_not_grokked")
 NAMES = ("memorised", "grokked", "final (grokked)", "final (no grok)")
 
@@ -94,8 +97,8 @@ def rmse(found: Sequence[Pair]) -> float:
 
 
 def half_interval(found: Sequence[Pair], *, seed: int = 0) -> float:
-    """Half of the 95% percentile bootstrap interval of the RMSE over runs; nan for fewer than 2."""
-    if len(found) < 2:
+    """Half of the 95% percentile bootstrap interval of the RMSE over runs; nan for fewer than 5."""
+    if len(found) < FEWEST:
         return float("nan")
     squares = np.square(np.subtract(*np.transpose(found)))
     drawn = np.random.default_rng(seed).integers(len(squares), size=(RESAMPLES, len(squares)))
@@ -104,21 +107,43 @@ def half_interval(found: Sequence[Pair], *, seed: int = 0) -> float:
 
 
 def table1(runs: Sequence[Run]) -> Table:
-    """Ours and the paper's, with n."""
+    """Ours and the paper's, with n: of each set, then of each task of A and each fraction of B."""
     with (REFERENCE / "table1_rmse.csv").open(encoding="utf-8") as file:
         theirs = {(row["set"], row["checkpoint"]): row for row in csv.DictReader(file)}
     table: Table = [["", *NAMES]]
     for name in ("A", "B"):
-        ours, paper = [], []
-        for column in COLUMNS:
-            found = pairs(analysis.of_set(runs, name), column)
-            half = half_interval(found)
-            spread = f" ± {half:.2f}" if np.isfinite(half) else ""
-            ours.append(f"{rmse(found):.2f}{spread} (n = {len(found)})" if found else "-")
-            reference = theirs[name, column]
-            paper.append(f"{reference['rmse']} ± {reference['half_ci95']}")
-        table += [[f"set {name}, ours", *ours], [f"set {name}, paper", *paper]]
+        paper = [theirs[name, column] for column in COLUMNS]
+        ours = analysis.of_set(runs, name)
+        table.append([f"set {name}, ours", *(_error(pairs(ours, column)) for column in COLUMNS)])
+        table.append(
+            [f"set {name}, paper", *(f"{row['rmse']} ± {row['half_ci95']}" for row in paper)]
+        )
+        for config in dict.fromkeys(_without_seed(run) for run in ours):
+            same = [run for run in ours if _without_seed(run) == config]
+            label = plates.label(config)
+            table.append([label, *(_error(pairs(same, column)) for column in COLUMNS)])
+            if name == "B":
+                label, points = f"{label}, paper", analysis.reference(config)[1]
+                table.append([label, *(_error(_of_paper(points, each)) for each in COLUMNS)])
     return table
+
+
+def _without_seed(run: Run) -> GrokConfig:
+    return dataclasses.replace(
+        GrokConfig(), task=run.config.task, train_fraction=run.config.train_fraction
+    )
+
+
+def _error(found: Sequence[Pair]) -> str:
+    """The RMSE, half of its interval and n."""
+    half = half_interval(found)
+    spread = f" ± {half:.2f}" if np.isfinite(half) else ""
+    return f"{rmse(found):.2f}{spread} (n = {len(found)})" if found else "-"
+
+
+def _of_paper(points: Sequence[dict[str, str]], column: str) -> list[Pair]:
+    of = [each for each in points if each["checkpoint"] == column]
+    return [(float(each["k_pred"]), float(each["k95"])) for each in of]
 
 
 def _note(runs: Sequence[Run]) -> str:
@@ -126,8 +151,10 @@ def _note(runs: Sequence[Run]) -> str:
     ends = sorted({run.config.after_grok for run in ours})
     return (
         "± is half of the 95% percentile bootstrap interval over runs (10,000 resamples), n the "
-        "number of runs. The paper has 5 seeds of 12 tasks (set A) and of 4 fractions (set B), and "
-        "ends 2,000 epochs after grokking or at 50,000; here runs end "
+        "number of runs; with fewer than five there is no interval. The paper has 5 seeds of 12 "
+        "tasks (set A) and of 4 fractions (set B) and ends 2,000 epochs after grokking or at "
+        "50,000. Its rows of single fractions are made of the points in its figure 3, which do not "
+        "tell the tasks of set A. Here runs end "
         f"{' or '.join(str(each) for each in ends) or '-'} epochs after grokking, or where the "
         "table of the runs says."
     )

@@ -1,6 +1,7 @@
 """`jlar paper grokking`: ensembles, calls that add up, table 1 and the figures from records."""
 
 import contextlib
+import csv
 import dataclasses
 import json
 
@@ -131,21 +132,40 @@ def runs():
 
 
 def test_table1_against_numpy(runs):
-    found = [(10.0, 12.0), (20.0, 19.0), (30.0, 37.0), (5.0, 5.0)]
-    assert results.rmse(found) == pytest.approx((54 / 4) ** 0.5)
+    found = [(10.0, 12.0), (20.0, 19.0), (30.0, 37.0), (5.0, 5.0), (8.0, 8.0)]
+    assert results.rmse(found) == pytest.approx((54 / 5) ** 0.5)
     generator, draws = np.random.default_rng(7), []
     for _ in range(20_000):  # resampling written out
-        squares = [(found[i][0] - found[i][1]) ** 2 for i in generator.integers(4, size=4)]
-        draws.append((sum(squares) / 4) ** 0.5)
+        squares = [(found[i][0] - found[i][1]) ** 2 for i in generator.integers(5, size=5)]
+        draws.append((sum(squares) / 5) ** 0.5)
     draws = np.sort(draws)
     half = (draws[19_500] - draws[500]) / 2
     assert results.half_interval(found) == pytest.approx(half, rel=0.03)
+    assert np.isnan(results.half_interval(found[:4]))
     table = results.table1(runs)
-    assert [row[0] for row in table[1:]] == [
-        f"set {s}, {w}" for s in "AB" for w in ("ours", "paper")
+    by = {row[0]: row[1:] for row in table[1:]}
+    assert list(by) == [
+        "set A, ours",
+        "set A, paper",
+        "x+y mod 97, 50% of pairs",
+        "x/y mod 97, 50% of pairs",
+        "x^3+xy^2+y mod 97, 50% of pairs",
+        "set B, ours",
+        "set B, paper",
+        "x+y mod 97, 30% of pairs",
+        "x+y mod 97, 30% of pairs, paper",
     ]
-    assert "(n = 5)" in table[1][1] and "(n = 4)" in table[1][3] and "(n = 1)" in table[1][4]
-    assert table[3][4] == "-" and table[2][1] == "24.90 ± 1.67"
+    ours = by["set A, ours"]
+    assert "± " in ours[0] and "(n = 5)" in ours[0]
+    assert ours[2].endswith("(n = 4)") and "±" not in ours[2] and "(n = 1)" in ours[3]
+    assert by["set B, ours"][3] == "-" and by["set A, paper"][0] == "24.90 ± 1.67"
+    assert "(n = 3)" in by["x+y mod 97, 50% of pairs"][0]
+    file = (analysis.REFERENCE / "fig3_points.csv").read_text(encoding="utf-8")
+    points = [row for row in csv.DictReader(file.splitlines()) if row["train_fraction"] == "0.30"]
+    memorised = [row for row in points if row["checkpoint"] == "memorised"]
+    errors = [(float(row["k_pred"]) - float(row["k95"])) ** 2 for row in memorised]
+    wanted = (sum(errors) / 5) ** 0.5
+    assert by["x+y mod 97, 30% of pairs, paper"][0].startswith(f"{wanted:.2f} ± ")
 
 
 def test_spreads_are_sample_ones_and_a_stopped_run_is_not_past_the_transition(runs):
