@@ -25,7 +25,7 @@ STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "legend.frameon": False,
     "figure.dpi": 100,
-    "savefig.dpi": 160,
+    "savefig.dpi": 130,
     "svg.hashsalt": "jlar",  # the same records give the same file
 }
 

@@ -23,7 +23,7 @@ def register_paper(studies: Any) -> None:
     sets = "\n".join(f"  {name:7}{what}" for name, what in SETS.items())
     parser = studies.add_parser(
         "grokking",
-        help="section 4: table 1, figures 1, 2, 3, 9 and 21-25, and past the paper",
+        help="section 4: table 1, its figures, and past the paper",
         description=f"""\
 Train the runs of the paper's section 4, or go on where an earlier call was
 interrupted, and report on all that is in the folder: calls with other options,

@@ -1,4 +1,4 @@
-"""The paper's figures 1, 2, 3, 9 and 21 to 25 over all runs of a folder, from records alone."""
+"""Figures over all runs of a folder, from records alone, as the paper has them and past it."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .analysis import POINTS, Run, Timeline, figure3, of_set, paper_point, title
 from .config import GrokConfig
@@ -55,21 +56,17 @@ def lines(runs: Iterable[Run]) -> Lines:
 def draw(runs: Sequence[Run], folder: Path) -> dict[str, str]:
     """Write each figure that the runs allow as PNG and SVG; returns name -> caption."""
     a, b = of_set(runs, "A"), of_set(runs, "B")
-    first = [run for run in a if run.config.task == "x+y"][:1]
-    others = [run for run in a if run.config.task != "x+y"]
+    a = sorted(a, key=lambda run: run.config.operation.number)  # as the paper numbers them
     dips = [run for run in runs if run.config.log_every == 1]
     relatives = [run for run in runs if run.config.p == SMALL_P]
+    shown = [[run for run in a if run.grokked == groks and run.spectra] for groks in (True, False)]
+    examples = [run for own in shown for run in own[:1]]
     drawings: dict[str, tuple[Callable[[], Figure], Sequence[Run], str]] = {
-        "figure1": (lambda: _grid([*a, *b], _mean), [*a, *b], MEAN),
-        "figure2": (lambda: _spectra(first), first, SPECTRA.format("x+y at 50%", "2")),
-        "figure3": (lambda: _scatter({"A": a, "B": b}), [*a, *b], SCATTER),
-        "figure9": (lambda: _dips(dips), dips, DIPS),
-        "figure21": (lambda: _spectra(others), others, SPECTRA.format("the other tasks", "21")),
-        "figure22": (lambda: _spectra(b), b, SPECTRA.format("set B", "22")),
-        "figure23": (lambda: _grid(a, _each_seed), a, SEEDS.format("set A", "23")),
-        "figure24": (lambda: _grid(b, _each_seed), b, SEEDS.format("set B", "24")),
-        "relative": (lambda: _grid(relatives, _mean), relatives, RELATIVE),
-        "figure25": (lambda: _grid([*a, *b], _full_range), [*a, *b], FULL),
+        "curves": (lambda: _grid([*a, *b]), [*a, *b], CURVES),
+        "spectra": (lambda: _spectra(examples), examples, SPECTRA),
+        "dimensions": (lambda: _scatter({"A": a, "B": b}), [*a, *b], SCATTER),
+        "dip": (lambda: _dips(dips), dips, DIPS),
+        "relative": (lambda: relative(_by_cell(relatives)), relatives, RELATIVE),
     }
     drawn = {}
     with matplotlib.rc_context(STYLE):
@@ -80,14 +77,13 @@ def draw(runs: Sequence[Run], folder: Path) -> dict[str, str]:
     return drawn
 
 
-MEAN = (
+CURVES = (
     "LAR of the unembedding over the training set and validation accuracy, mean ± standard "
-    "deviation over seeds, finished ones keeping their last value; dashed: mean epochs of "
-    "memorised and grokked (the paper's figure 1)."
+    "deviation over seeds, finished ones keeping their last value (as in the paper's figure 1)."
 )
 SPECTRA = (
-    "Weight spectrum p and activation spectrum q at memorised, grokked and final, {}, one seed of "
-    "each (the paper's figure {})."
+    "Weight spectrum p and activation spectrum q at memorised, grokked and final, the first run "
+    "that groks and the first that does not (as in the paper's figures 2 and 21)."
 )
 SCATTER = (
     "k95 against k_pred = n^(2(1-LAR)), every run; small: the paper's points (its figure 3). Left "
@@ -95,29 +91,31 @@ SCATTER = (
 )
 DIPS = (
     "How far LAR falls below its initial value within the first epochs, against batch size over "
-    "training set size, one log per epoch (the paper's figure 9)."
+    "training set size, one log per epoch (as in the paper's figure 9)."
 )
-SEEDS = "LAR and validation accuracy of each seed, {} (the paper's figure {})."
 RELATIVE = (
-    "Past the paper, on a smaller relative (p = 31, width 64, one block): LAR and validation "
-    "accuracy of tasks, controls and set-ups."
+    "Past the paper, on a smaller relative (p = 31, width 64, one block), means over seeds: LAR "
+    "from memorised to the end, and there k over k95."
 )
-FULL = "The same over the full range of epochs, which is logarithmic (the paper's figure 25)."
 
 
-def _grid(runs: Sequence[Run], panel: Callable[[Axes, Axes, Lines], None]) -> Figure:
+def _by_cell(runs: Sequence[Run]) -> dict[str, Lines]:
+    return {name: lines(own) for name, own in cells(runs).items()}
+
+
+def _grid(runs: Sequence[Run]) -> Figure:
     """One panel per cell: LAR on the left axis, validation accuracy on the right."""
-    found = cells(runs)
+    found = _by_cell(runs)
     columns = min(3, len(found))
     height = math.ceil(len(found) / columns)
-    figure = Figure(figsize=(3.3 * columns + 0.6, 2.4 * height + 0.3), layout="constrained")
+    figure = Figure(figsize=(3.3 * columns + 0.6, 2 * height + 0.6), layout="constrained")
     grid = figure.subplots(height, columns, squeeze=False, sharey=True).ravel()
     for axes in grid[len(found) :]:
         axes.set_visible(False)
     for i, (axes, (name, own)) in enumerate(zip(grid, found.items(), strict=False)):
         right = axes.twinx()
-        panel(axes, right, lines(own))
-        axes.set_title(textwrap.fill(f"{name} (n = {len(lines(own))})", 40))
+        _mean(axes, right, own)
+        axes.set_title(textwrap.fill(f"{name} (n = {len(own)})", 40))
         right.set_ylim(-0.03, 1.03)
         if i % columns == 0:
             axes.set_ylabel("LAR", color=LAR)
@@ -127,6 +125,8 @@ def _grid(runs: Sequence[Run], panel: Callable[[Axes, Axes, Lines], None]) -> Fi
             right.set_yticklabels([])
         if i + columns >= len(found):
             axes.set_xlabel("epoch")
+    marks = [Line2D([], [], color=POINT_COLOURS[each], linestyle="--") for each in POINTS[:2]]
+    figure.legend(marks, POINTS[:2], loc="outside lower center", ncols=2)
     return figure
 
 
@@ -141,37 +141,20 @@ def _mean(left: Axes, right: Axes, own: Lines) -> None:
             )
 
 
-def _each_seed(left: Axes, right: Axes, own: Lines) -> None:
-    for line in own:
-        epochs = [row["epoch"] for row in line.rows]
-        for axes, name, colour in ((left, "lar", LAR), (right, "val_acc", ACCURACY)):
-            values = [np.nan if row[name] is None else row[name] for row in line.rows]
-            axes.plot(epochs, values, color=colour, linewidth=1, alpha=0.75)
-
-
-def _full_range(left: Axes, right: Axes, own: Lines) -> None:
-    _each_seed(left, right, own)
-    left.set_xscale("log")
-
-
 def _spectra(runs: Sequence[Run]) -> Figure:
-    """One row per cell, first seed; one column per point."""
-    found = list(cells(runs).items())
-    figure = Figure(figsize=(8.6, 2.7 * len(found) + 0.3), layout="constrained")
-    grid = figure.subplots(len(found), 3, squeeze=False, sharey=True)
-    for panels, (name, own) in zip(grid, found, strict=True):
-        rows = {row["point"]: row for row in own[0].spectra}
-        for axes, point in zip(panels, POINTS, strict=True):
-            if point in rows:
-                spectrum(axes, rows[point], own[0].seeds[rows[point]["seed"]])
-            else:
-                axes.set_title(f"not {point}")
-                axes.tick_params(labelbottom=False, bottom=False)
-        panels[0].set_ylabel(f"{name}\nshare of the energy")
+    """One row per run, its first seed; one column per point."""
+    figure = Figure(figsize=(8.6, 2.7 * len(runs) + 0.5), layout="constrained")
+    grid = figure.subplots(len(runs), 3, squeeze=False, sharey=True)
+    for panels, run in zip(grid, runs, strict=True):
+        rows = {row["point"]: row for row in run.spectra}
+        there = [point for point in POINTS if point in rows]
+        for axes, point in zip(panels, there, strict=False):
+            spectrum(axes, rows[point], run.seeds[rows[point]["seed"]])
+        for axes in panels[len(there) :]:
+            axes.set_visible(False)
+        panels[0].set_ylabel(f"{label(run.config)}\nshare of the energy")
     grid[0][0].set_ylim(bottom=1e-6)
-    drawn = [axes for axes in grid.flat if axes.lines]
-    if drawn:
-        drawn[0].legend(loc="upper right")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
 
@@ -232,10 +215,36 @@ def _dips(runs: Sequence[Run]) -> Figure:
             left.plot([row["step"] for row in line.rows], lar, color=colour, label=named)
             right.plot(_ratio(run), lar[0] - min(lar), "o", color=colour)
     left.set(xlabel="step", ylabel="LAR", xscale="symlog", xlim=(0, None))
-    left.legend(fontsize=7, title="batch size of training pairs", title_fontsize=7)
+    figure.legend(fontsize=8, title="batch size of training pairs", loc="outside right upper")
     right.set(xlabel="batch size / training set size", ylabel="dip of LAR", xscale="log")
     return figure
 
 
 def _ratio(run: Run) -> float:
     return min(1.0, run.config.batch_size / run.config.train_pairs)
+
+
+def relative(found: dict[str, Lines]) -> Figure:
+    """One row per cell: LAR at memorised and at the end, and how k compares with k95 there."""
+    figure = Figure(figsize=(8.6, 0.19 * len(found) + 1.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    for i, own in enumerate(found.values()):
+        ends = [line.rows[-1] for line in own]
+        known = [row for line in own if (row := line.at("memorised"))]
+        learnt = np.mean([row["val_acc"] for row in ends]) > 0.95
+        colour = POINT_COLOURS["grokked" if learnt else "final"]
+        start, end = (np.mean([row["lar"] for row in rows]) for rows in (known or ends, ends))
+        left.plot([start, end], [i, i], color=colour, linewidth=1)
+        left.plot(start, i, "o", color=colour, markerfacecolor="white", markersize=4)
+        left.plot(end, i, "o", color=colour, markersize=5)
+        right.plot(np.mean([row["k_pred"] / row["k95"] for row in ends]), i, "o", color=colour)
+    left.set(xlabel="LAR: circle at memorised, dot at the end", yticks=range(len(found)))
+    left.set_yticklabels([f"{name} (n = {len(own)})" for name, own in found.items()], fontsize=7)
+    left.invert_yaxis()
+    left.margins(y=0.01)
+    right.axvline(1, color="grey", linewidth=0.8)
+    right.set(xlabel="k / k95 at the end", xlim=(0, None))
+    marks = [Line2D([], [], color=POINT_COLOURS[each], marker="o") for each in ("grokked", "final")]
+    words = "validation accuracy above 95% at the end", "below"
+    figure.legend(marks, words, loc="outside upper center", ncols=2)
+    return figure

@@ -2,8 +2,7 @@
 
     python -m jlar_experiments.pretraining.figures RUNS lar.png
 
-Full lines are smoothed LAR and validation losses, thin ones training losses; dotted: the lowest
-validation loss; a triangle: the monitor's first alarm.
+The legend says what lines and marks are; LAR is smoothed.
 """
 
 import itertools
@@ -15,6 +14,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from .analysis import Run, read, smoothed
 
@@ -23,9 +23,8 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "legend.framealpha": 0.7,  # legible where it lies on a curve
-    "legend.edgecolor": "none",
-    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
     "figure.dpi": 100,
     "savefig.dpi": 130,
     "svg.hashsalt": "jlar",  # the same records give the same file
@@ -69,7 +68,7 @@ def losses_and_lar(runs: list[Run]) -> Figure:
             step, colour = run.curve("step"), colours[_arm(run)]
             above.plot(step, run.train_loss, color=colour, linewidth=0.7, alpha=0.6)
             losses = run.curve("val_loss")[run.validated]
-            above.plot(run.validated, losses, color=colour, linewidth=1.4, label=_size(run))
+            above.plot(run.validated, losses, color=colour, linewidth=1.4)
             lar = smoothed(run.lar, 10)
             below.plot(step, lar, color=colour, linewidth=1.2)
             rang = list(run.alarms.values())[:1]
@@ -77,10 +76,18 @@ def losses_and_lar(runs: list[Run]) -> Figure:
             if run.overfits:
                 for axes in (above, below):
                     axes.axvline(run.overfitting_step, color=colour, linestyle=":", linewidth=0.9)
-        above.set_title(f"{name}: validation (thick), training loss")
-        above.legend(loc="lower left")
+        above.set_title(name)
         below.set(xlabel="step", ylabel="LAR")
     grid[0, 0].set_ylabel("loss, nats")
+    sizes = {_size(run): Line2D([], [], color=colours[_arm(run)]) for run in runs}
+    kinds = {
+        "validation loss": Line2D([], [], color="grey", linewidth=1.4),
+        "lowest validation loss": Line2D([], [], color="grey", linestyle=":"),
+        "training loss": Line2D([], [], color="grey", linewidth=0.7, alpha=0.6),
+        "first alarm": Line2D([], [], color="grey", marker="v", linestyle=""),
+    }
+    shown = sizes | kinds
+    figure.legend(shown.values(), shown, loc="outside lower center", ncols=5)
     return figure
 
 
