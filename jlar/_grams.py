@@ -51,21 +51,6 @@ class Grams(Pool):
         """Log-alignment ratio of everything pooled, without logits; as `Energies.lar`."""
         return self.energies.lar
 
-    @property
-    def pp(self) -> Float[Array, "*stack"]:
-        r"""$\sum_i p_i^2$, from 1/n (uniform) to 1 (rank one), in O(n^2): no eigh."""
-        n = self.w.shape[-1]
-        return n * jnp.square(self.sigma_p) + 1 / n
-
-    @property
-    def sigma_p(self) -> Float[Array, "*stack"]:
-        """Population standard deviation of p, in O(n^2): no eigh."""
-        n = self.w.shape[-1]
-        # The difference from a uniform p is squared, so that small ones stay exact.
-        uniform = jnp.broadcast_to(jnp.eye(n, dtype=self.w.dtype) / n, self.w.shape)
-        excess = self.w / self._reliable_trace(self.w)[..., None, None] - uniform
-        return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(excess), axis=-1), axis=-1))
-
     def _reliable_trace(self, gram: Float[Array, "*stack n n"]) -> Float[Array, "*stack"]:
         trace = _trace(gram)
         return jnp.where(is_reliable(trace) & (self.calls <= 2**16), trace, jnp.nan)
