@@ -1,7 +1,9 @@
 """Figures over all runs of a folder, from records alone, as the paper has them and past it."""
 
+import csv
 import dataclasses
 import math
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ..records import Row
 from .analysis import POINTS, Run, Timeline, figure3, of_set, paper_point, title
 from .config import GrokConfig
 from .figures import ACCURACY, LAR, POINT_COLOURS, STYLE, band, save, spectrum, square
@@ -66,7 +69,7 @@ def draw(runs: Sequence[Run], folder: Path) -> dict[str, str]:
         "spectra": (lambda: _spectra(examples), examples, SPECTRA),
         "dimensions": (lambda: _scatter({"A": a, "B": b}), [*a, *b], SCATTER),
         "dip": (lambda: _dips(dips), dips, DIPS),
-        "relative": (lambda: relative(_by_cell(relatives)), relatives, RELATIVE),
+        "relative": (lambda: relative(runs_table(relatives)), relatives, RELATIVE),
     }
     drawn = {}
     with matplotlib.rc_context(STYLE):
@@ -224,20 +227,26 @@ def _ratio(run: Run) -> float:
     return min(1.0, run.config.batch_size / run.config.train_pairs)
 
 
-def relative(found: dict[str, Lines]) -> Figure:
-    """One row per cell: LAR at memorised and at the end, and how k compares with k95 there."""
+def relative(table: Sequence[Sequence[str]]) -> Figure:
+    """One line per kind of run in `runs_table`: LAR at memorised and at the end, k over k95 there.
+
+    Its rows may come from a file, `python -m jlar_experiments.grokking.plates runs.csv PNG`.
+    """
+    found: dict[str, list[list[float]]] = {}
+    for name, _, *row in table[1:]:
+        values = [math.nan if cell == "-" else float(cell) for cell in row]
+        found.setdefault(name.replace("x+y mod 31, 60% of pairs, ", ""), []).append(values)
     figure = Figure(figsize=(8.6, 0.19 * len(found) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    for i, own in enumerate(found.values()):
-        ends = [line.rows[-1] for line in own]
-        known = [row for line in own if (row := line.at("memorised"))]
-        learnt = np.mean([row["val_acc"] for row in ends]) > 0.95
-        colour = POINT_COLOURS["grokked" if learnt else "final"]
-        start, end = (np.mean([row["lar"] for row in rows]) for rows in (known or ends, ends))
+    for i, rows in enumerate(map(np.array, found.values())):
+        memorised, end, right_answers = rows[:, 1], rows[:, 9].mean(), rows[:, -1].mean()
+        known = memorised[np.isfinite(memorised)]
+        start = known.mean() if len(known) else end
+        colour = POINT_COLOURS["grokked" if right_answers > 0.95 else "final"]
         left.plot([start, end], [i, i], color=colour, linewidth=1)
         left.plot(start, i, "o", color=colour, markerfacecolor="white", markersize=4)
         left.plot(end, i, "o", color=colour, markersize=5)
-        right.plot(np.mean([row["k_pred"] / row["k95"] for row in ends]), i, "o", color=colour)
+        right.plot(np.mean(rows[:, 10] / rows[:, 11]), i, "o", color=colour, markersize=5)
     left.set(xlabel="LAR: circle at memorised, dot at the end", yticks=range(len(found)))
     left.set_yticklabels([f"{name} (n = {len(own)})" for name, own in found.items()], fontsize=7)
     left.invert_yaxis()
@@ -248,3 +257,47 @@ def relative(found: dict[str, Lines]) -> Figure:
     words = "validation accuracy above 95% at the end", "below"
     figure.legend(marks, words, loc="outside upper center", ncols=2)
     return figure
+
+
+def runs_table(runs: Sequence[Run]) -> list[list[str]]:
+    """One line per seed of every run: where it was at each point."""
+    header: list[str] = [
+        "run",
+        "seed",
+        "memorised",
+        "LAR",
+        "k",
+        "k95",
+        "grokked",
+        "LAR",
+        "k",
+        "k95",
+        "last epoch",
+        "LAR",
+        "k",
+        "k95",
+        "val acc",
+    ]
+    table = [header]
+    for run in runs:
+        for seed, line in run.seeds.items():
+            cells = [label(run.config), str(seed)]
+            for point in ("memorised", "grokked", "final"):
+                row = line.at(point)
+                cells += [_cell(row, name, digits) for name, digits in _SHOWN]
+            table.append([*cells, _cell(line.at("final"), "val_acc", 3)])
+    return table
+
+
+def _cell(row: Row | None, name: str, digits: int) -> str:
+    return "-" if row is None or row[name] is None else f"{row[name]:.{digits}f}"
+
+
+_SHOWN = (("epoch", 0), ("lar", 3), ("k_pred", 1), ("k95", 0))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m jlar_experiments.grokking.plates RUNS_CSV PNG")
+    with Path(sys.argv[1]).open(encoding="utf-8") as file, matplotlib.rc_context(STYLE):
+        relative(list(csv.reader(file))).savefig(sys.argv[2])

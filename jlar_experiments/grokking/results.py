@@ -34,9 +34,9 @@ def report(folders: Sequence[Path]) -> page.Report:
     said = f"{page.text(table)}\n{page.wrapped(note)}"
     made = page.Report("jlar paper grokking", _verdict(runs), said)
     made.add(page.heading("Table 1: RMSE between k_pred and k95"), page.table(table))
-    made.add(page.note(note), page.heading("The runs"), page.table(runs_table(runs)))
+    made.add(page.note(note), page.heading("The runs"), page.table(plates.runs_table(runs)))
     _write_csv(folder / "table1.csv", table)
-    _write_csv(folder / "runs.csv", runs_table(runs))
+    _write_csv(folder / "runs.csv", plates.runs_table(runs))
     _write_csv(folder / "logs.csv", logs_table(runs))
     with page.figures(folder) as drafts:
         figures = plates.draw(runs, drafts)
@@ -160,36 +160,6 @@ def _note(runs: Sequence[Run]) -> str:
     )
 
 
-def runs_table(runs: Sequence[Run]) -> Table:
-    """One line per seed of every run: where it was at each point."""
-    header: list[str] = [
-        "run",
-        "seed",
-        "memorised",
-        "LAR",
-        "k",
-        "k95",
-        "grokked",
-        "LAR",
-        "k",
-        "k95",
-        "last epoch",
-        "LAR",
-        "k",
-        "k95",
-        "val acc",
-    ]
-    table = [header]
-    for run in runs:
-        for seed, line in run.seeds.items():
-            cells = [plates.label(run.config), str(seed)]
-            for point in ("memorised", "grokked", "final"):
-                row = line.at(point)
-                cells += [_cell(row, name, digits) for name, digits in _SHOWN]
-            table.append([*cells, _cell(line.at("final"), "val_acc", 3)])
-    return table
-
-
 def logs_table(runs: Sequence[Run]) -> Table:
     """Every log of every run, as far as the figures and tables use it."""
     names = ("epoch", "train_acc", "val_acc", "lar", "k_pred", "k95", "pr_p", "pr_q", "alpha")
@@ -207,13 +177,6 @@ def _figures(value: float | None) -> str:
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-_SHOWN = (("epoch", 0), ("lar", 3), ("k_pred", 1), ("k95", 0))
-
-
-def _cell(row: dict | None, name: str, digits: int) -> str:
-    return "-" if row is None or row[name] is None else f"{row[name]:.{digits}f}"
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
