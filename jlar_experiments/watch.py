@@ -18,10 +18,10 @@ alarm since step N, no alarm, or that it cannot be told, and why.
 
 LOG has a step and a LAR, and the training loss if there is one, in a form that a
 tracker or a trainer writes: separated values; JSON, as lines, an array, columns or a
-trainer_state.json; log lines with names and numbers; all these also as .gz; Parquet
-and TensorBoard event files (pip install 'jlar[logs]'); a run's folder; - for standard
-input. Columns are found by their usual names; which were read, and what was left
-out, is said.
+trainer_state.json; log lines with names and numbers; all these also as .gz; Parquet,
+TensorBoard event files and W&B's .wandb (pip install 'jlar[logs]'); a run's folder,
+also of W&B or MLflow; - for standard input. Columns are found by their usual names;
+which were read, and what was left out, is said.
 
 An alarm is a sign of overfitting, and says what LAR did and since when. On small models
 it is no better than the same alarm on the training loss, and worse without a baseline,

@@ -60,7 +60,7 @@ def unpivoted(table: Table, lar: str | None) -> bool:
         return False
     value = table.columns.pop(values[0])
     for name in names:
-        table.columns[name] = value.part(texts == name)
+        table.columns.setdefault(name, value.part(texts == name))  # a metric may be called step
     return True
 
 

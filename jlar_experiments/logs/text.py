@@ -98,7 +98,7 @@ def _json(objects: Iterator[dict[str, Any]], bad: list[int]) -> Table:
     if len(first) == 1 and not bad:
         _object(found, first[0])
     else:
-        found.add_rows(map(_flat, chain(first, objects)))
+        found.add_rows(map(flat, chain(first, objects)))
     if bad:
         found.notes.append(f"lines that are no JSON object, left out: {len(bad)}")
     return found
@@ -145,9 +145,9 @@ def _object(table: Table, value: dict[str, Any]) -> None:
         raise Unusable(f"holds several tables, {listed(rows)}: put one in a file of its own")
     if rows:
         found = rows.get("log_history") or next(iter(rows.values()))
-        table.add_rows(_flat(row) for row in found if isinstance(row, dict))
+        table.add_rows(flat(row) for row in found if isinstance(row, dict))
         return
-    columns = _flat(value, lists=True)
+    columns = flat(value, lists=True)
     if value and all(isinstance(v, dict) and all(map(str.isdigit, v)) for v in value.values()):
         columns = {name: list(each.values()) for name, each in value.items()}  # by row number
     lists = {name: each for name, each in columns.items() if isinstance(each, list)}
@@ -161,19 +161,19 @@ def _object(table: Table, value: dict[str, Any]) -> None:
         table.notes.append(f"shorter than the other columns, left out: {listed(sorted(short))}")
 
 
-def _flat(row: dict[str, Any], *, lists: bool = False, depth: int = DEEPEST) -> dict[str, Any]:
+def flat(row: dict[str, Any], *, lists: bool = False, depth: int = DEEPEST) -> dict[str, Any]:
     """Nested objects as dotted names; a list, unless it is asked for, is a cell without number."""
     kinds = set(map(type, row.values()))
     if dict not in kinds and list not in kinds:
         return row
-    flat = {}
+    found = {}
     for name, value in row.items():
         if isinstance(value, dict) and depth:
-            inner = _flat(value, lists=lists, depth=depth - 1)
-            flat |= {f"{name}.{key}": each for key, each in inner.items()}
+            inner = flat(value, lists=lists, depth=depth - 1)
+            found |= {f"{name}.{key}": each for key, each in inner.items()}
         else:
-            flat[name] = value if lists else _cell(value)
-    return flat
+            found[name] = value if lists else _cell(value)
+    return found
 
 
 def _cell(value: Any) -> Any:

@@ -199,12 +199,119 @@ def test_values_as_tensors(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "module"), [(b"PAR1....PAR1", "polars"), (b"." * 24 + b"brain.Event:2", "tensorb")]
+    ("content", "module"),
+    [
+        (b"PAR1....PAR1", "polars"),
+        (b"." * 24 + b"brain.Event:2", "tensorb"),
+        (b":W&B" + b"\0" * 9, "protobuf"),
+    ],
 )
 def test_without_the_extra_it_is_named(content, module, read, monkeypatch):
-    for name in ("polars", "tensorboardX", "tensorboardX.proto.event_pb2"):
+    for name in ("polars", "tensorboardX", "tensorboardX.proto.event_pb2", "google.protobuf"):
         monkeypatch.setitem(sys.modules, name, None)
     refused(lambda: read(content), "pip install 'jlar[logs]'", module)
+
+
+def varint(number):
+    return bytes([number]) if number < 128 else bytes([number % 128 + 128]) + varint(number // 128)
+
+
+def field(number, content):
+    return varint(8 * number + 2) + varint(len(content)) + content
+
+
+def history(count, row):
+    """A record of W&B's with what was logged at once."""
+    items = [
+        b"".join(field(kind, part.encode()) for part in name.split("."))
+        + field(16, json.dumps(value).encode())
+        for name, value in row.items()
+        for kind in [1 if isinstance(value, dict) else 2]  # of versions before 0.17, or later ones
+    ]
+    content = b"".join(field(1, item) for item in items)
+    return b"\x08" + varint(count) + field(2, content + field(2, b"\x08\1"))
+
+
+HISTORY = """080d128a010a131205747261696e12046c6f7373820103342e390a25120a5f74696d657374616d70820116
+    312e37393537323134313630303634333238652b30390a1812085f72756e74696d6582010b302e353633363333343032
+    0a0b12055f73746570820101310a12120b676c6f62616c5f7374657082010232300a0d12036c6172820105302e363939
+    12020801"""  # written by wandb 0.31.0
+
+
+def run_file(records):
+    """A file of W&B's: a mark, and blocks over which the records are divided."""
+    file = bytearray(b":W&B\xe1\xbe\0")
+    for record in records:
+        left, first = record, True
+        while left or first:
+            if (space := 32768 - len(file) % 32768) < 7:
+                file += b"\0" * space
+                continue
+            part, left = left[: space - 7], left[space - 7 :]
+            kind = (1 if first else 4) if not left else (2 if first else 3)
+            file += b"\0" * 4 + len(part).to_bytes(2, "little") + bytes([kind]) + part
+            first = False
+    return bytes(file)
+
+
+def test_wandb(tmp_path):
+    pytest.importorskip("google.protobuf")
+    records = []
+    for count, row in enumerate(ROWS):
+        logged = {"global_step": row["step"], "lar": row["lar"]}
+        loss = {"train.loss": row["train_loss"]}, {"train": {"loss": row["train_loss"]}}
+        logged = logged | loss[0] if count % 2 else loss[1] | logged
+        records += [history(count, logged), field(7, b"x" * 9000 * (count % 9))]  # and its output
+    run = tmp_path / "wandb" / "offline-run-1-abc"
+    run.mkdir(parents=True)
+    file = written(run, run_file(records), "run-abc.wandb")
+    (tmp_path / "wandb" / "latest-run").symlink_to(run.name)
+    for path in (file, run, tmp_path / "wandb", tmp_path / "wandb" / "latest-run"):
+        log = logs.read(path)
+        assert log.step.tolist() == STEPS and log.lar.tolist() == LARS
+        assert log.loss.tolist() == LOSSES and "W&B run file" in log.notes[0]
+    for end in (-1, -8, -20_000):
+        torn = logs.read(written(tmp_path, file.read_bytes()[:end], "torn.wandb"))
+        assert 0 < len(torn.step) <= 20 and any("torn" in note for note in torn.notes)
+    alone = logs.read(written(tmp_path, run_file([bytes.fromhex(HISTORY)]), "alone.wandb"))
+    assert (alone.step, alone.lar, alone.loss) == ([20], [0.699], [4.9])
+    refused(lambda: logs.read(written(tmp_path, b":W&B\1", "x.wandb")), "no rows")
+    (tmp_path / "wandb" / "run-2").mkdir()
+    written(tmp_path / "wandb" / "run-2", file.read_bytes(), "run-2.wandb")
+    refused(lambda: logs.read(tmp_path / "wandb"), "several runs, 'offline-run-1-abc', 'run-2'")
+
+
+def mlflow(run):
+    """The folder of an MLflow run, with its metrics of other names and lengths."""
+    lines = {
+        name: [f"{i} {row[key]} {row['step']}\n" for i, row in enumerate(ROWS)]
+        for name, key in {"lar": "lar", "train/loss": "train_loss", "val/loss": "lar"}.items()
+    }
+    lines["epoch"] = [f"1 {epoch} {100 * epoch} data 5ab1e\n" for epoch in range(3)]
+    lines["step"] = ["1 7 100\n"]
+    for name, each in lines.items():
+        file = run / "metrics" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(each))
+    written(run, "lifecycle_stage: active\n", "meta.yaml")
+    return run
+
+
+def test_mlflow(tmp_path):
+    store, run = tmp_path / "mlruns", mlflow(tmp_path / "mlruns" / "0" / "ab12")
+    mlflow(store / "0" / "models" / "m-1")  # a model that the run has logged
+    for path in (run, run / "metrics", store, store / "0"):
+        log = logs.read(path)
+        assert log.step.tolist() == STEPS and log.lar.tolist() == LARS
+        assert log.loss.tolist() == LOSSES
+        assert "MLflow metrics: step 'step', LAR 'lar', training loss 'train/loss'" in log.notes[0]
+    with (run / "metrics" / "lar").open("a") as file:
+        file.write("20 0.5 21")  # of 210
+    assert logs.read(run, growing=True).step.tolist() == STEPS
+    mlflow(store / "0" / "cd34")
+    refused(lambda: logs.read(store), "several runs, '0/ab12', '0/cd34': name one")
+    written(run, csv(), "export.csv")
+    refused(lambda: logs.read(run), "several logs, 'export.csv', 'metrics'")
 
 
 def test_standard_input(monkeypatch):
@@ -236,9 +343,6 @@ def test_a_folder_that_cannot_be_read(tmp_path):
     written(tmp_path, csv(), "a.csv")
     written(tmp_path, csv(), "b.csv")
     refused(lambda: logs.read(tmp_path), "several logs", "'a.csv'", "'b.csv'")
-    (tmp_path / "offline").mkdir()
-    refused(lambda: logs.read(written(tmp_path / "offline", b":W&B\1", "x.wandb")), "W&B", "CSV")
-    refused(lambda: logs.read(tmp_path / "offline"), "x.wandb", "CSV")
 
 
 def wide(**columns):
@@ -543,6 +647,7 @@ objects = st.recursive(
 ).map(lambda value: json.dumps(value).encode())
 starts = st.sampled_from(
     [b"PAR1", b"\x1f\x8b", b"\x18" + b"\0" * 24 + b"brain.Event:2", b"\xff\xfe"]
+    + [b":W&B\xe1\xbe\0" + b"\0" * 4 + bytes([size, 0, 1]) for size in (3, 9)]
 )
 binary = st.tuples(starts, st.binary(max_size=200)).map(b"".join)
 
