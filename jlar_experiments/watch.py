@@ -209,8 +209,9 @@ def _baseline(arguments: argparse.Namespace) -> Any:
 def _judged(arguments: argparse.Namespace, log: Any, baseline: Any) -> dict[str, Any]:
     from jlar.monitor import Monitor
 
-    from .monitoring.verdict import verdict, watched
+    from .monitoring.verdict import thinned, verdict, watched
 
+    log, rows = thinned(log), len(log.step)
     monitor = Monitor.init(n=arguments.n or log.n, second_epoch=arguments.second_epoch)
     monitor, points = watched(monitor, log, baseline)
     found = verdict(monitor, points, log, baseline)
@@ -218,7 +219,8 @@ def _judged(arguments: argparse.Namespace, log: Any, baseline: Any) -> dict[str,
         from .monitoring.figure import draw
 
         draw(arguments.plot, arguments.log.name, log, baseline, points, found)
-    return found | {"log": str(arguments.log), "notes": list(log.notes)}
+    fewer = [f"judged at {len(log.step)} of them"] if len(log.step) < rows else []
+    return found | {"log": str(arguments.log), "notes": [*log.notes, *fewer]}
 
 
 def _say(arguments: argparse.Namespace, found: dict[str, Any]) -> None:

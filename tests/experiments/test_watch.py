@@ -11,7 +11,7 @@ import pytest
 
 from jlar_experiments import cli
 from jlar_experiments import watch as command
-from jlar_experiments.monitoring import runs
+from jlar_experiments.monitoring import runs, verdict
 
 STEPS = np.arange(50, 10_001, 50)
 
@@ -63,6 +63,26 @@ def test_the_papers_runs(name, tmp_path, capsys):
         assert found["rang"] == (name in runs.OVERFITTING), (name, more, found)
         if found["rang"]:
             assert 500 < found["first_alarm_step"] <= runs.OVERFITTING[name][1], (name, more)
+
+
+@pytest.mark.parametrize("name", ["muon_400M", "muon_100B"])
+def test_a_dense_log_is_judged_at_fewer_points_alike(name, tmp_path, monkeypatch, capsys):
+    steps = np.arange(1.0, 20_001)
+    values = runs.pretraining(name, steps) + 0.002 * np.random.default_rng(0).normal(size=20_000)
+    log = table(tmp_path / "run.csv", {"step": steps, "lar": values})
+    found = []
+    for densest in (2**16, 2**9):
+        monkeypatch.setattr(verdict, "DENSEST", densest)
+        run(log, "--json")
+        found.append(json.loads(capsys.readouterr().out))
+    every, fewer = found
+    assert every["points"] == 20_000 and 2000 < fewer["points"] < 6000
+    assert fewer["notes"][-1] == f"judged at {fewer['points']} of them"
+    assert every["verdict"] == fewer["verdict"] == ("alarm" if "400M" in name else "no alarm")
+    if every["rang"]:
+        # A point is a seven-hundredth of its step; the noise of the points adds to that.
+        assert fewer["first_alarm_step"] == pytest.approx(every["first_alarm_step"], rel=0.05)
+    assert fewer["step"] == every["step"] == 20_000
 
 
 def test_json_is_one_object_with_every_signal(falling, steady, capsys):
