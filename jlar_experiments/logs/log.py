@@ -47,8 +47,8 @@ def read(
     Args:
         path: a file of separated values, of JSON (lines, array, columns, `trainer_state.json`) or
             of log lines with names and numbers, also compressed by gzip; a Parquet, TensorBoard
-            event or .wandb file (extra `logs`); a run's folder, also MLflow's; "-" for standard
-            input.
+            event or .wandb file (extra `logs`); a run's folder, also MLflow's, or its mlflow.db;
+            "-" for standard input.
         step, lar, loss: names of the columns; without, the usual names are looked for.
         only: (column, value): rows with another value there are left out.
         pattern: of log lines, a regular expression with groups step, lar and, if logged, loss.

@@ -12,12 +12,9 @@ from . import text, trackers
 from .table import Table, Unusable, listed
 
 EVENTS = "*tfevents*"
-USUAL = ("metrics.jsonl", "metrics.csv", "trainer_state.json")  # ours, Lightning's, Hugging Face's
+USUAL = ("metrics.jsonl", "metrics.csv", "trainer_state.json", "mlflow.db")
+"""Ours, Lightning's, Hugging Face's, MLflow's."""
 ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".csv.gz", ".jsonl.gz", ".wandb")
-NO_TEXT = {  # first bytes
-    b"SQLite format 3": "an SQLite database: export the table of metrics as CSV",
-    b"PK\3\4": "a zip file, as spreadsheets are: export a CSV",
-}
 
 
 def table(path: Path | str, **options: Any) -> Table:
@@ -91,9 +88,10 @@ def _of(data: bytes, options: dict[str, Any]) -> Table:
         return trackers.events([data])
     if data[:4] == b":W&B":
         return trackers.wandb(data)
-    for start, what in NO_TEXT.items():
-        if data.startswith(start):
-            raise Unusable(f"is {what}")
+    if data.startswith(b"SQLite format 3"):
+        return trackers.database(data)
+    if data.startswith(b"PK\3\4"):
+        raise Unusable("is a zip file, as spreadsheets are: export a CSV")
     head = data[:1000].decode(text.encoding(data), "replace")
     strange = sum(each == "\ufffd" or (each < " " and each not in "\t\r\n\x1b") for each in head)
     if strange > len(head) / 10:

@@ -1,7 +1,9 @@
 """Tables out of what trackers write that is no text: Parquet, TensorBoard, W&B, MLflow."""
 
+import contextlib
 import io
 import json
+import sqlite3
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -149,3 +151,18 @@ def mlflow(metrics: Path, growing: bool) -> Table:
                     yield {"metric": name, "value": value, "step": step}
 
     return Table("MLflow metrics").add_rows(rows())
+
+
+def database(data: bytes) -> Table:
+    """The metrics of all runs in the SQLite database that MLflow keeps unless it is told not to."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        try:
+            connection.deserialize(data)
+            rows = connection.execute(
+                "SELECT run_uuid, key, CASE WHEN is_nan THEN NULL ELSE value END, step FROM metrics"
+            ).fetchall()
+        except sqlite3.Error as error:
+            message = f"is an SQLite database, but none of MLflow's ({error}): export a CSV of it"
+            raise Unusable(message) from None
+    names = ("run_uuid", "metric", "value", "step")
+    return Table("MLflow database").add_rows(dict(zip(names, row, strict=True)) for row in rows)

@@ -1,9 +1,11 @@
 """The reading of logs: every form, which column is which, restarts, and what is refused."""
 
+import contextlib
 import gzip
 import io
 import json
 import math
+import sqlite3
 import sys
 
 import numpy as np
@@ -312,6 +314,25 @@ def test_mlflow(tmp_path):
     refused(lambda: logs.read(store), "several runs, '0/ab12', '0/cd34': name one")
     written(run, csv(), "export.csv")
     refused(lambda: logs.read(run), "several logs, 'export.csv', 'metrics'")
+
+
+def test_mlflow_in_a_database(tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "mlflow.db")) as database:
+        columns = (
+            "key TEXT, value FLOAT, timestamp BIGINT, run_uuid TEXT, step BIGINT, is_nan BOOLEAN"
+        )
+        database.execute(f"CREATE TABLE metrics ({columns})")
+        for run in ("a1", "b2"):
+            for name, key in {"lar": "lar", "train/loss": "train_loss"}.items():
+                rows = [(name, row[key], 0, run, row["step"], False) for row in ROWS]
+                database.executemany("INSERT INTO metrics VALUES (?, ?, ?, ?, ?, ?)", rows)
+        database.execute("INSERT INTO metrics VALUES ('lar', 0, 0, 'a1', 100000, 1)")  # a nan
+        database.commit()
+    refused(lambda: logs.read(tmp_path / "mlflow.db"), "run_uuid", "'a1'", "'b2'")
+    log = logs.read(tmp_path / "mlflow.db", only=[("run_uuid", "a1")])
+    assert log.step.tolist() == STEPS and log.lar.tolist() == LARS
+    assert log.loss.tolist() == LOSSES
+    assert logs.read(tmp_path, only=[("run_uuid", "b2")]).lar.tolist() == LARS
 
 
 def test_standard_input(monkeypatch):
