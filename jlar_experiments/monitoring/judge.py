@@ -207,11 +207,14 @@ def difference(
     return float(np.mean(all_of_them)), *np.quantile(means, [0.025, 0.975]).tolist()
 
 
-def judgement(folders: list[Path]) -> dict[str, Any]:
-    """The tables of the suite's judged half, of each of its recipes, and of each study."""
+def judgement(folders: list[Path], chosen: dict[str, float] | None = None) -> dict[str, Any]:
+    """The tables of the suite's judged half, of each of its recipes, and of each study.
+
+    The search for the multiples of the noise is most of the time; `chosen` saves it.
+    """
     every = [pair for folder in folders for pair in pairs(read(folder))]
     chooses = [pair for pair in every if pair[0].half == "fit"]
-    chosen = {name: multiple(chooses, name) for name in COMPARATORS}
+    chosen = chosen or {name: multiple(chooses, name) for name in COMPARATORS}
     result: dict[str, Any] = {"multiples of the noise": chosen}
     for half in ("judge", "fit", "study"):
         judged = [pair for pair in every if pair[0].half == half]
