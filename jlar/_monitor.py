@@ -177,7 +177,8 @@ class Monitor(eqx.Module):
         """All but the signals, after a point that counts."""
         u, seen = jnp.log2(step), jnp.stack([lar, loss])
         middle = jnp.where(self.earlier != 0, _median(seen, self.recent, self.earlier), seen)
-        share = jnp.minimum((u - jnp.log2(jnp.maximum(self.step, 1))) / SMOOTH, 1)
+        before = jnp.log2(jnp.where(self.step > 0, self.step, step))
+        share = jnp.minimum((u - before) / SMOOTH, 1)
         mean = self.mean + jnp.where(self.mean != 0, share, 1) * (middle - self.mean)
         memorised = (loss < MEMORISED * self.largest_loss) & (self.memorised_lar == 0)
         return replace(

@@ -214,8 +214,9 @@ def test_cadence_moves_the_first_alarm_by_less_than_a_gap_and_a_twentieth(seed):
 
 def test_the_unit_of_the_step_does_not_matter():
     lar = curve(extra=0.012, noise=0.002)
-    first = [float(watched(lar, STEPS * unit).first_alarm_step) / unit for unit in (1, 1e6)]
-    np.testing.assert_allclose(first[1], first[0], rtol=0.01)
+    units = (1, 1e6, 1e-6)  # steps, tokens, or a share of the run
+    first = [float(watched(lar, STEPS * unit).first_alarm_step) / unit for unit in units]
+    np.testing.assert_allclose(first[1:], first[0], rtol=0.01)
 
 
 def test_irregular_steps_and_step_zero():
