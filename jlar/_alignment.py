@@ -31,12 +31,13 @@ def spectra(
         method: "gram" is an `eigh` of W^T W, O((m + t) n^2 + n^3), far faster for tall W and made
             for meshes; p_i has an absolute error of order eps p_1. "svd" decomposes W, accurate
             over the whole spectrum, O(m n min(m, n)), and gathers a sharded W (`axes` may name no
-            more than "t"): take it where the tail of p matters, as for the effective rank of a W
-            that lacks rank.
+            more than "t"): take it where the tail of p matters, as for the effective rank of a
+            rank-deficient W.
 
     Returns:
-        `Spectra` of p and q, (n,) each, float32 (float64 if an input is), non-negative, for W and X
-        of any size; p is nan if W is zero, q if the kept X is, both if W is not finite.
+        `Spectra` of p and q, (n,) each, float32 (float64 if an input is), non-negative, whatever
+        the magnitude of W and X; p is nan if W is zero, q if the kept X is, both if W is not
+        finite.
 
     Example:
         >>> import jax.numpy as jnp, jlar

@@ -56,7 +56,10 @@ def matrices(W: ArrayLike, X: ArrayLike) -> tuple[Array, Array]:
 def operands(
     W: ArrayLike, X: ArrayLike, mask: ArrayLike | None, axes: Axes | Split | None
 ) -> tuple[Array, Array, Bool[Array, "..."] | None, Split]:
-    """W, X with its masked tokens zero, the boolean mask and what splits them; or ValueError."""
+    """W, X with its masked tokens zero, the boolean mask and what splits them; or ValueError.
+
+    The `columns` of what splits them are empty where X has all n columns.
+    """
     (W, X), split = matrices(W, X), as_split(axes)
     m, n = W.shape[0], W.shape[1] * size(split.n)
     check_width(n, "W")
@@ -120,7 +123,8 @@ def unit(A: Array, acc: jnp.dtype, split: Split) -> tuple[Array, Int[Array, ""]]
     A = multiplied(A, acc)
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(A)), initial=0).astype(acc)
     axes = tuple(dict.fromkeys(sum(split, ())))
-    # Since JAX 0.12 not together with axes along which it is known to be the same.
+    # JAX 0.12 refuses a pmax over axes along some of which it is known to be the same. With
+    # check_vma=False nothing is known: then over all.
     axes = tuple(a for a in axes if a in varying(largest)) or axes
     _, exponent = jnp.frexp(jax.lax.pmax(largest, axes) if axes else largest)
     limit = jnp.finfo(A.dtype).maxexp - 2  # so that the factor is neither infinite nor flushed

@@ -94,7 +94,7 @@ class Energies(Pool):
 
     @property
     def w(self) -> Float[Array, "*stack"]:
-        """Sum of squares of W, once per call; w / calls is that of W."""
+        """Sum of squares of W, added again with every call pooled; w / calls is that of one W."""
         return self._number(2)
 
     @property

@@ -24,7 +24,7 @@ class Split(NamedTuple):
     scattered: tuple[str, ...] = ()  # Y as well, where a reduce_scatter sums it over the inputs
 
     def beyond(self, axes: Iterable[str]) -> "Split":
-        """What is left where these axes have ended."""
+        """What is left outside of a shard_map over these axes."""
         return Split(*(tuple(name for name in names if name not in axes) for names in self))
 
     @property

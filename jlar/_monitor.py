@@ -167,10 +167,11 @@ class Monitor(eqx.Module):
         given = {"step": step, "lar": lar, "loss": 0 if loss is None else loss}
         step, lar, loss = (_scalar(value, name) for name, value in given.items())
         counts = jnp.isfinite(step) & jnp.isfinite(lar) & (step > self.step)
-        lossy = jnp.isfinite(loss) & (loss > 0)
-        loss = jnp.where(lossy, loss, self.recent[1])
+        has_loss = jnp.isfinite(loss) & (loss > 0)
+        loss = jnp.where(has_loss, loss, self.recent[1])
+        # What does not count is replaced by something finite, and the result dropped below.
         new = self._averaged(jnp.where(counts, step, 1), jnp.where(counts, lar, 0), loss)
-        new = replace(new, signals=new._signals_after(*new._values(lossy, baseline)))
+        new = replace(new, signals=new._signals_after(*new._values(has_loss, baseline)))
         return jax.tree.map(partial(jnp.where, counts), new, self)
 
     def _averaged(self, step: Array, lar: Array, loss: Array) -> "Monitor":
@@ -193,7 +194,7 @@ class Monitor(eqx.Module):
             largest_loss=jnp.maximum(self.largest_loss, loss),
         )
 
-    def _values(self, lossy: Array, baseline: Baseline | None) -> tuple[Array, Array, Array]:
+    def _values(self, has_loss: Array, baseline: Baseline | None) -> tuple[Array, Array, Array]:
         """The signals' values at this point, which are known, and the baseline's spread."""
         (lar, _), (mean_lar, mean_loss), u = self.recent, self.mean, jnp.log2(self.step)
         zero, no = jnp.zeros((), jnp.float32), jnp.zeros((), bool)
@@ -205,7 +206,7 @@ class Monitor(eqx.Module):
         lost = jnp.where(at_step.known, jnp.minimum(lost, below), lost)
         values = jnp.stack([below, at_loss.lar - mean_lar, lost, lar - self.memorised_lar])
         memorised = (self.memorised_lar > 0) & (self.n is not None)
-        known = jnp.stack([at_step.known, at_loss.known & lossy, ~no, memorised])
+        known = jnp.stack([at_step.known, at_loss.known & has_loss, ~no, memorised])
         return values, known, jnp.stack([at_step.spread, at_loss.spread, zero, zero])
 
     def _signals_after(self, values: Array, known: Array, spread: Array) -> Signal:
@@ -221,13 +222,16 @@ class Monitor(eqx.Module):
         old = replace(old, heard=jnp.where(paused, 0, old.heard))
         new = _heard(old, u, values, aligned & first_epoch & overfitting)
         # The means that `matched_loss` compares hide the noise that the other two show.
-        noise = jnp.maximum(jnp.max(new.jitter[: len(OVERFITTING)]), jnp.maximum(spread, new.noise))
+        jitter = jnp.where(known, new.jitter, old.jitter)[: len(OVERFITTING)]
+        noise = jnp.maximum(jnp.max(jitter), jnp.maximum(spread, new.noise))
         least = jnp.maximum(rule.allowance, rule.noises * noise)
         # LAR rises by this when the effective dimension falls to `grokked` of itself.
         rise = 0.5 * math.log(1 / rule.grokked) / math.log(self.n or 2)
         allowance = jnp.where(overfitting, least, rise)
+        # A median takes three values.
         in_force = (aligned & ~first_epoch | ~overfitting) & (new.heard > 2)
         limit = jnp.where(in_force, rule.hold * least, 0)
+        # The median stands for the middle one of three values, the last but one: for its width.
         settled_S = jnp.clip(old.settled_S + (new.level - allowance) * old.width, 0, 2 * limit)
         new = replace(new, allowance=allowance, limit=limit, settled_S=settled_S)
         rang = old.first_alarm_step > 0
@@ -239,22 +243,24 @@ class Monitor(eqx.Module):
         return jax.tree.map(partial(jnp.where, known), new, old)
 
 
-def _heard(old: Signal, u: Array, value: Array, first_epoch: Array) -> Signal:
+def _heard(old: Signal, u: Array, value: Array, only_noise: Array) -> Signal:
     """The signals after one more value: their history, level and jitter, and their noise.
 
     Args:
-        first_epoch: whether what a signal says is noise as yet, because nothing can overfit.
+        only_noise: which signals are noise as yet: those of overfitting, in the first epoch, once
+            LAR has risen.
     """
     enough, width = old.heard > 1, jnp.minimum(u - old.doublings, LONGEST)
     span, level = width + old.width, _median(value, old.recent, old.earlier)
     # How far the middle one of three values is from the straight line between the others.
     toward_earlier = width / jnp.maximum(span, 1e-6)
     off_line = jnp.abs(old.recent - toward_earlier * old.earlier - (1 - toward_earlier) * value)
-    off_line = jnp.minimum(off_line, 4 * old.jitter + NOISELESS)  # an outlier is forgotten soon
-    # A plain mean at first, then one over about a doubling.
+    off_line = jnp.minimum(off_line, 4 * old.jitter + NOISELESS)  # one outlier adds little
+    # A plain mean at first; then each value weighs two of its widths: a mean over a doubling.
     weight = jnp.clip(span, 1 / jnp.maximum(old.heard - 1, 1), 1)
-    # The share of all steps since the value before: noise is a mean over steps.
-    share = jnp.where(enough & first_epoch, 1 - jnp.exp2(-old.width), 0)
+    # Of all steps up to `recent`, the share after `earlier`: noise is a mean over steps, and
+    # `level` stands for `recent`.
+    share = jnp.where(enough & only_noise, 1 - jnp.exp2(-old.width), 0)
     return replace(
         old,
         level=level,

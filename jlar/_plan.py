@@ -41,7 +41,7 @@ class Key(NamedTuple):
     loops: int = 0  # How many leading axes of `stack` come from loops
 
     def beyond(self, axes: Iterable[str]) -> "Key":
-        """The key where these mesh axes have ended."""
+        """The key outside of a shard_map over these axes."""
         return self._replace(split=self.split.beyond(axes))
 
 
@@ -163,6 +163,6 @@ def rekeyed(seen: Statistics, change: Callable[[Key], Key]) -> Statistics:
 
 
 def summed(seen: Statistics, axes: Iterable[str]) -> Statistics:
-    """The sums over all devices along these axes."""
+    """The statistics as a shard_map over these axes returns them: summed, stacks gathered."""
     whole = {key: over_devices(seen[key], key.split, key.loops, axes) for key in seen}
     return rekeyed(whole, lambda key: key.beyond(axes))

@@ -62,7 +62,7 @@ class Dot(Product):
         return layout + str(axes)
 
     def squares(self, keep: Array | None, acc: Any, W: Array, X: Array, Y: Array) -> Squares:
-        """Over their axes as they lie: nothing is transposed or merged."""
+        """Each operand is summed as it lies: nothing large is transposed or merged."""
         stacked_W, stacked_X, stacked_Y = self.W_axes[0], self.X_axes[0], self.Y_axes[0]
         X, Y = _masked(X, keep, self.X_axes[1]), _masked(Y, keep, self.Y_axes[1])
         return _over(Y, stacked_Y, acc), _over(X, stacked_X, acc), _over(W, stacked_W, acc)
@@ -252,7 +252,10 @@ def statistics(
     keep: Array | None,
     *operands: Any,
 ) -> PyTree:
-    """`measure` of a product's W, X, Y (and group sizes) on one device, without gradient."""
+    """`measure` of a product's W, X, Y (and group sizes) on one device, without gradient.
+
+    `summed` adds the devices later; only the Grams of split columns need the others at once.
+    """
     W, X, Y, *sizes = jax.lax.stop_gradient(tuple(map(jnp.asarray, operands)))
     acc = check.accumulator(W, X, Y)
     if measure is energies:

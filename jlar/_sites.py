@@ -44,6 +44,8 @@ class Sites(tuple[Row, ...]):
         for i, (path, leaf) in enumerate(zip(program.paths, program.leaves, strict=True)):
             here = [site for site in program.plan.sites if site.key.leaf == i]
             for key, tokens, through in here:
+                # Names are those outside of any shard_map around this call; a site lists control
+                # flow innermost first, a row outermost first.
                 name = names[key.beyond(program.manual)]
                 measured = name, key.m, key.n, tokens, key.stack, through[::-1]
                 rows.append(Row(path, leaf.shape, *measured))

@@ -148,6 +148,7 @@ class Walk:
                 "capture of its own without the mask."
             )
         split, Y = self._split(path, weight.split, given[x].split, product), eqn.outvars[0]
+        # One device has a term of Y: energies need the square of the sum, which a psum returns.
         if split.n and self.measure is energies:
             split, Y = devices.summed_output(split, path, eqns[i:])
         key = Key(

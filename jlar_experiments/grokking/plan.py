@@ -16,7 +16,6 @@ Preset = Literal["quick", "cpu", "full"]
 SETS = {
     "A": "the twelve tasks with 50% of the pairs",
     "B": "x+y with 5, 10, 20 and 30%",
-    "dip": "40 epochs of x+y, each logged, at several batch and set sizes",
     "dating": "a smaller relative, p = 31: four tasks, three controls",
     "where": "the same on x+y: norms, embedding scales, tied, decay of gains",
     "mlp": "a one-hot MLP, without a bottleneck",
@@ -103,14 +102,6 @@ def _seeds(paper: PaperConfig, what: str) -> int:
     return {"x+y": 3, "30%": 2}.get(what, 1) if paper.preset == "cpu" else 1
 
 
-def _dip(paper: PaperConfig) -> Iterator[GrokConfig]:
-    short = GrokConfig(epochs=40, log_every=1, after_grok=40)
-    for batch_size in (128, 512, 2048, 4704):
-        yield from paper.each(dataclasses.replace(short, batch_size=batch_size), 1)
-    for fraction in (0.05, 0.1, 0.2, 0.3):
-        yield from paper.each(dataclasses.replace(short, train_fraction=fraction), 1)
-
-
 def small(**settings: Any) -> GrokConfig:
     """A relative that groks in half a minute; seed 10, because earlier ones were tried out."""
     return GrokConfig(
@@ -153,12 +144,11 @@ def _mlp(paper: PaperConfig) -> Iterator[GrokConfig]:
 _RUNS: dict[str, Callable[[PaperConfig], Iterator[GrokConfig]]] = {
     "A": _set_a,
     "B": _set_b,
-    "dip": _dip,
     "dating": _dating,
     "where": _where,
     "mlp": _mlp,
 }
-_IN_PRESET = {"quick": ["A"], "cpu": ["A", "B", "dip"], "full": list(SETS)}
+_IN_PRESET = {"quick": ["A"], "cpu": ["A", "B"], "full": list(SETS)}
 
 
 def folder_name(config: GrokConfig) -> str:

@@ -60,7 +60,6 @@ def draw(runs: Sequence[Run], folder: Path) -> dict[str, str]:
     """Write each figure that the runs allow as PNG and SVG; returns name -> caption."""
     a, b = of_set(runs, "A"), of_set(runs, "B")
     a = sorted(a, key=lambda run: run.config.operation.number)  # as the paper numbers them
-    dips = [run for run in runs if run.config.log_every == 1]
     relatives = [run for run in runs if run.config.p == SMALL_P]
     shown = [[run for run in a if run.grokked == groks and run.spectra] for groks in (True, False)]
     examples = [run for own in shown for run in own[:1]]
@@ -68,7 +67,6 @@ def draw(runs: Sequence[Run], folder: Path) -> dict[str, str]:
         "curves": (lambda: _grid([*a, *b]), [*a, *b], CURVES),
         "spectra": (lambda: _spectra(examples), examples, SPECTRA),
         "dimensions": (lambda: _scatter({"A": a, "B": b}), [*a, *b], SCATTER),
-        "dip": (lambda: _dips(dips), dips, DIPS),
         "relative": (lambda: relative(runs_table(relatives)), relatives, RELATIVE),
     }
     drawn = {}
@@ -91,10 +89,6 @@ SPECTRA = (
 SCATTER = (
     "k95 against k_pred = n^(2(1-LAR)), every run; small: the paper's points (its figure 3). Left "
     "set A, right set B."
-)
-DIPS = (
-    "How far LAR falls below its initial value within the first epochs, against batch size over "
-    "training set size, one log per epoch (as in the paper's figure 9)."
 )
 RELATIVE = (
     "Past the paper, on a smaller relative (p = 31, width 64, one block), means over seeds: LAR "
@@ -206,29 +200,8 @@ def _named(point: str, grokked: bool) -> str:
     return point if grokked else f"{point}, not grokked later"
 
 
-def _dips(runs: Sequence[Run]) -> Figure:
-    figure = Figure(figsize=(9.2, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    ordered = sorted(runs, key=_ratio)
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ordered)))
-    for run, colour in zip(ordered, colours, strict=True):
-        for line in run.seeds.values():
-            lar = [row["lar"] for row in line.rows]
-            named = f"{_ratio(run):.2f}: {run.config.batch_size} of {run.config.train_pairs}"
-            left.plot([row["step"] for row in line.rows], lar, color=colour, label=named)
-            right.plot(_ratio(run), lar[0] - min(lar), "o", color=colour)
-    left.set(xlabel="step", ylabel="LAR", xscale="symlog", xlim=(0, None))
-    figure.legend(fontsize=8, title="batch size of training pairs", loc="outside right upper")
-    right.set(xlabel="batch size / training set size", ylabel="dip of LAR", xscale="log")
-    return figure
-
-
-def _ratio(run: Run) -> float:
-    return min(1.0, run.config.batch_size / run.config.train_pairs)
-
-
 def relative(table: Sequence[Sequence[str]]) -> Figure:
-    """One line per kind of run in `runs_table`: LAR at memorised and at the end, k over k95 there.
+    """The small relative, a line per setting: LAR from memorised to the end, and k over k95 there.
 
     Its rows may come from a file, `python -m jlar_experiments.grokking.plates runs.csv PNG`.
     """
@@ -239,16 +212,17 @@ def relative(table: Sequence[Sequence[str]]) -> Figure:
     figure = Figure(figsize=(8.6, 0.19 * len(found) + 1.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     for i, rows in enumerate(map(np.array, found.values())):
-        memorised, end, right_answers = rows[:, 1], rows[:, 9].mean(), rows[:, -1].mean()
+        # Without run and seed: 1 is LAR at memorised, 9 to 11 are LAR, k and k95 at the end.
+        memorised, end, accuracy = rows[:, 1], rows[:, 9].mean(), rows[:, -1].mean()
         known = memorised[np.isfinite(memorised)]
-        start = known.mean() if len(known) else end
-        colour = POINT_COLOURS["grokked" if right_answers > 0.95 else "final"]
+        start = known.mean() if len(known) else end  # a dot alone, if none memorised
+        colour = POINT_COLOURS["grokked" if accuracy > 0.95 else "final"]
         left.plot([start, end], [i, i], color=colour, linewidth=1)
         left.plot(start, i, "o", color=colour, markerfacecolor="white", markersize=4)
         left.plot(end, i, "o", color=colour, markersize=5)
         right.plot(np.mean(rows[:, 10] / rows[:, 11]), i, "o", color=colour, markersize=5)
     left.set(xlabel="LAR: circle at memorised, dot at the end", yticks=range(len(found)))
-    left.set_yticklabels([f"{name} (n = {len(own)})" for name, own in found.items()], fontsize=7)
+    left.set_yticklabels([f"{name} ({len(own)} seeds)" for name, own in found.items()], fontsize=7)
     left.invert_yaxis()
     left.margins(y=0.01)
     right.axvline(1, color="grey", linewidth=0.8)

@@ -132,11 +132,9 @@ def _loss(model: Model, rows: Int[Array, "b 3"]) -> Float[Array, ""]:
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, rows[:, 2]))
 
 
-def _epochs(config: GrokConfig, state: State, data: Data, last: Int[Array, ""]) -> State:
-    """Train one member up to epoch `last`, each epoch in an order of its own."""
+def stepping(config: GrokConfig) -> Callable[..., tuple[Trained, None]]:
+    """The training step of a batch, in the form that a scan takes."""
     optimiser = _optimiser(config)
-    batch = min(config.batch_size, config.train_pairs)
-    whole = config.train_pairs // batch
 
     def step(trained: Trained, rows: Int[Array, "b 3"]) -> tuple[Trained, None]:
         model, moments = trained
@@ -145,9 +143,22 @@ def _epochs(config: GrokConfig, state: State, data: Data, last: Int[Array, ""]) 
             updates, moments = optimiser.update(gradient, moments, model)
         return (eqx.apply_updates(model, updates), moments), None
 
+    return step
+
+
+def in_order(data: Data, epoch: int | Int[Array, ""]) -> Int[Array, "train 3"]:
+    """One member's training pairs in the order of this epoch."""
+    return jax.random.permutation(jax.random.fold_in(data.order, epoch), data.train)
+
+
+def _epochs(config: GrokConfig, state: State, data: Data, last: Int[Array, ""]) -> State:
+    """Train one member up to epoch `last`, each epoch in an order of its own."""
+    step = stepping(config)
+    batch = min(config.batch_size, config.train_pairs)
+    whole = config.train_pairs // batch
+
     def epoch(number: Int[Array, ""], trained: Trained) -> Trained:
-        rows = jax.random.permutation(jax.random.fold_in(data.order, number), data.train)
-        full, rest = jnp.split(rows, [whole * batch])
+        full, rest = jnp.split(in_order(data, number), [whole * batch])
         trained, _ = jax.lax.scan(step, trained, full.reshape(whole, batch, 3))
         return step(trained, rest)[0] if config.steps_per_epoch > whole else trained
 

@@ -21,6 +21,7 @@ HISTORY = {  # of W&B's messages, the fields that lead to what was logged: numbe
 }
 
 
+# What is Unusable is told after the path, which log.py puts before it.
 def _missing(kind: str, module: str) -> NoReturn:
     message = f"is {kind}, which is read with {module}: pip install 'jlar[logs]'"
     raise Unusable(message) from None
@@ -77,6 +78,7 @@ def events(contents: Iterable[bytes]) -> Table:
 def _scalar(value: Any) -> float | None:
     if value.HasField("simple_value"):
         return value.simple_value
+    # TensorFlow's numbers of float and double.
     kinds = {1: ("<f4", value.tensor.float_val), 2: ("<f8", value.tensor.double_val)}
     if not value.HasField("tensor") or value.tensor.dtype not in kinds:
         return None
@@ -97,7 +99,8 @@ def wandb(data: bytes) -> Table:
     file = descriptor_pb2.FileDescriptorProto(name="history", syntax="proto3")
     for name, fields in HISTORY.items():
         kind = file.message_type.add(name=name)
-        for number, field, of in fields:  # each may be repeated, and is a message or a text
+        # Each may be repeated (label 3), and is a message (type 11) or a text (type 9).
+        for number, field, of in fields:
             kind.field.add(name=field, number=number, label=3, type=11 if of else 9, type_name=of)
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
@@ -137,24 +140,29 @@ def _records(data: bytes) -> Iterator[bytes]:
         if kind in b"\1\4":  # a whole record, or the last part of one
             yield parts
             parts = b""
+    if parts:
+        raise ValueError
 
 
 def mlflow(metrics: Path, growing: bool) -> Table:
-    """The metrics of an MLflow run: a file for each, with lines of time, value and step."""
+    """The metrics of an MLflow run: a file for each, with lines of time, value and step.
+
+    Of one that is growing a last line without an end is left out.
+    """
 
     def rows() -> Iterator[dict[str, Any]]:
         for file in sorted(path for path in metrics.rglob("*") if path.is_file()):
             name = file.relative_to(metrics).as_posix()
             for line in file.read_text("utf-8", "replace").splitlines(keepends=True):
                 if line.endswith("\n") or not growing:
-                    _, value, step, *_ = [*line.split(), "", "", ""]
+                    _, value, step, *_ = [*line.split(), "", "", ""]  # a torn line has fewer
                     yield {"metric": name, "value": value, "step": step}
 
     return Table("MLflow metrics").add_rows(rows())
 
 
 def database(data: bytes) -> Table:
-    """The metrics of all runs in the SQLite database that MLflow keeps unless it is told not to."""
+    """The metrics of all runs in MLflow's default store, an SQLite database."""
     with contextlib.closing(sqlite3.connect(":memory:")) as connection:
         try:
             connection.deserialize(data)

@@ -15,6 +15,7 @@ from jlar_experiments.grokking import (
     analysis,
     beyond,
     dating,
+    dip,
     ensemble,
     measures,
     plan,
@@ -127,8 +128,7 @@ def synthetic(seed=0, dates=(60, 180), **settings):
 def runs():
     b = synthetic(train_fraction=0.3, dates=(40, 520))
     never = synthetic(task="x^3+xy^2+y", dates=(60, 10**6))
-    dip = synthetic(log_every=1, batch_size=128)
-    return [synthetic(seed) for seed in range(3)] + [synthetic(task="x/y"), b, never, dip]
+    return [synthetic(seed) for seed in range(3)] + [synthetic(task="x/y"), b, never]
 
 
 def test_table1_against_numpy(runs):
@@ -180,9 +180,21 @@ def test_spreads_are_sample_ones_and_a_stopped_run_is_not_past_the_transition(ru
     assert len(beyond._ratios([whole], "k95", False)) == 1
 
 
+def test_the_dip_is_logged_at_every_step_of_the_run_itself(tmp_path):
+    config = dataclasses.replace(BASE, seed=1, epochs=4, log_every=1)
+    per_epoch = config.steps_per_epoch
+    rows = list(dip.first_steps(config, 3 * per_epoch))
+    with study.opened(config, tmp_path / "run"):
+        ensemble.run(config, tmp_path / "run")
+    logged = [row["lar"] for row in analysis.read(tmp_path / "run").seeds[1].rows[:4]]
+    np.testing.assert_allclose([row[-1] for row in rows[::per_epoch]], logged, rtol=1e-5)
+    assert [row[3] for row in rows] == list(range(3 * per_epoch + 1))
+    assert dip.dip([0.5, 0.45, 0.6]) == pytest.approx(0.05)
+
+
 def test_figures_from_records(runs, tmp_path):
     drawn = plates.draw(runs, tmp_path)
-    assert set(drawn) == {"curves", "spectra", "dimensions", "dip"}
+    assert set(drawn) == {"curves", "spectra", "dimensions"}
     for name in drawn:
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
         assert (tmp_path / f"{name}.svg").exists()
