@@ -11,6 +11,7 @@ import argparse
 import csv
 import io
 import itertools
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import jax
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 import jlar
 
@@ -58,22 +60,27 @@ def _batches(config: GrokConfig, data: train.Data) -> Iterator[jax.Array | None]
 
 
 def drawn(rows: Sequence[Row]) -> Figure:
-    """Means over seeds by step, and each run's dip by the share of the pairs that is in a batch."""
+    """Means over seeds by step; each run's dip, by the size of its batches or of its set."""
     figure = Figure(figsize=(8.6, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     found: dict[tuple[int, int], dict[int, list[float]]] = {}
     for batch, pairs, seed, _, lar in rows:
-        found.setdefault((batch, pairs), {}).setdefault(seed, []).append(lar)
-    ordered = sorted(found.items(), key=lambda each: min(1.0, each[0][0] / each[0][1]))
-    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ordered)))
-    for ((batch, pairs), seeds), colour in zip(ordered, colours, strict=True):
-        share = min(1.0, batch / pairs)
-        named = f"{share:.2f}: {min(batch, pairs)} of {pairs}"
+        found.setdefault((pairs, batch), {}).setdefault(seed, []).append(lar)
+    most, usual = max(found)[0], GrokConfig.batch_size
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(found)))
+    for ((pairs, batch), seeds), colour in zip(sorted(found.items()), colours, strict=True):
+        named = f"{min(batch, pairs)} of {pairs}"
         left.plot(np.mean(list(seeds.values()), axis=0), color=colour, label=named)
         for lars in seeds.values():
-            right.plot(share, dip(lars), "o", color=colour, markersize=4)
+            if pairs == most:
+                right.plot(batch, dip(lars), "o", color=colour, markersize=5)
+            if batch == usual:
+                right.plot(pairs, dip(lars), "s", color=colour, markersize=5, fillstyle="none")
     left.set(xlabel="step", ylabel="LAR of the training data")
-    right.set(xlabel="share of the training pairs in a batch", ylabel="dip of LAR", xscale="log")
+    words = f"dots: pairs in a batch, of {most}; squares: training pairs, batches of {usual}"
+    right.set(ylabel="dip of LAR", xscale="log", xlabel=textwrap.fill(words, 42), ylim=(0, None))
+    right.set_xticks([128, 512, 2048], ["128", "512", "2,048"], minor=False)
+    right.xaxis.set_minor_locator(NullLocator())
     figure.legend(fontsize=8, title="batch of training pairs", loc="outside right upper")
     return figure
 

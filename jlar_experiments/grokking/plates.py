@@ -59,7 +59,6 @@ def lines(runs: Iterable[Run]) -> Lines:
 def draw(runs: Sequence[Run], folder: Path) -> dict[str, str]:
     """Write each figure that the runs allow as PNG and SVG; returns name -> caption."""
     a, b = of_set(runs, "A"), of_set(runs, "B")
-    a = sorted(a, key=lambda run: run.config.operation.number)  # as the paper numbers them
     relatives = [run for run in runs if run.config.p == SMALL_P]
     shown = [[run for run in a if run.grokked == groks and run.spectra] for groks in (True, False)]
     examples = [run for own in shown for run in own[:1]]
@@ -105,14 +104,14 @@ def _grid(runs: Sequence[Run]) -> Figure:
     found = _by_cell(runs)
     columns = min(3, len(found))
     height = math.ceil(len(found) / columns)
-    figure = Figure(figsize=(3.3 * columns + 0.6, 2 * height + 0.6), layout="constrained")
+    figure = Figure(figsize=(3 * columns + 0.6, 1.8 * height + 0.6), layout="constrained")
     grid = figure.subplots(height, columns, squeeze=False, sharey=True).ravel()
     for axes in grid[len(found) :]:
         axes.set_visible(False)
     for i, (axes, (name, own)) in enumerate(zip(grid, found.items(), strict=False)):
         right = axes.twinx()
         _mean(axes, right, own)
-        axes.set_title(textwrap.fill(f"{name} (n = {len(own)})", 40))
+        axes.set_title(textwrap.fill(f"{name} (n = {len(own)})", 36))
         right.set_ylim(-0.03, 1.03)
         if i % columns == 0:
             axes.set_ylabel("LAR", color=LAR)

@@ -70,7 +70,12 @@ def read(folder: Path) -> list[Run]:
         if (each / "metrics.jsonl").exists() and (each / "config.json").exists():
             run = analysis.read(each)
             found += [run] if any(line.rows for line in run.seeds.values()) else []
-    return found
+    # As the paper numbers its tasks, most pairs first.
+    return sorted(found, key=_place)
+
+
+def _place(run: Run) -> tuple[float, int, int]:
+    return -run.config.train_fraction, run.config.operation.number, run.config.seed
 
 
 def pairs(runs: Iterable[Run], column: str) -> list[Pair]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jlar_experiments.grokking import analysis, intervention
+from jlar_experiments.grokking import analysis, dip, intervention, plates, results
 from jlar_experiments.monitoring import redundancy
 from jlar_experiments.pretraining import beyond_loss
 
@@ -59,15 +59,31 @@ def test_the_table_of_predicted_gaps():
     assert f"falls by {found['fall']:.0%} (95% interval {100 * low:.0f} to {high:.0%}" in PAGE
 
 
-def test_the_table_of_runs_that_keep_the_last_batch():
-    for folder in sorted((RESULTS / "grok-last-batch").glob("grok-*")):
-        [line] = analysis.read(folder).seeds.values()
-        cells = []
+def test_the_tables_of_section_4():
+    runs = results.read(RESULTS / "paper-grokking")
+    for cells in results.table1(runs)[1:]:
+        assert f"| {' | '.join(cells)} |" in PAGE
+    for run in runs:
+        [line] = run.seeds.values()
+        cells = [plates.label(run.config)]
         for row in map(line.at, analysis.POINTS):
             numbers = row and f"{row['k_pred']:.1f}, {row['k95']:.0f}"
             cells.append(f"{row['epoch']}, {short(row['lar'])}, {numbers}" if row else "-")
         rings = [row["epoch"] for row in line.rows if "grokking" in row["alarms"]]
-        assert f"| {' | '.join(cells)} | {rings[0] if rings else 'never'} |" in PAGE
+        cells += [f"{line.rows[-1]['val_acc']:.0%}", str(rings[0] if rings else "never")]
+        assert f"| {' | '.join(cells)} |" in PAGE
+
+
+def test_the_dips():
+    found: dict[tuple[int, int], dict[int, list[float]]] = {}
+    for batch, pairs, seed, _, lar in dip.read(RESULTS / "dip"):
+        found.setdefault((pairs, batch), {}).setdefault(seed, []).append(lar)
+    means = {key: np.mean([dip.dip(lars) for lars in own.values()]) for key, own in found.items()}
+    of_batches = [f"{means[4704, size]:.2f}".lstrip("0") for size in (128, 512, 2048, 4704)]
+    of_sets = [f"{means[size, 512]:.2f}".lstrip("0") for size in (470, 941, 1882, 2823, 4704)]
+    text = " ".join(PAGE.split())
+    for values in (of_batches, of_sets):
+        assert f"({', '.join(values[:-1])} and {values[-1]} " in text
 
 
 def test_the_table_of_pushing_lar():
