@@ -42,7 +42,7 @@ def verdict(*lines, **settings):
 def test_verdicts_on_grokking():
     known = "memorised at epoch 60, generalises from 180; LAR rose from .60 to .72"
     assert verdict(timeline()) == known
-    assert verdict(timeline(end=300)) == f"{known}; not finished: epoch 300 of at most 5000"
+    assert verdict(timeline(end=240)) == f"{known}; not finished: epoch 240 of at most 5000"
     assert verdict(timeline(spike=True)) == (
         f"{known}; ends on a loss spike: training loss 0.320, median of the last five logs 0.010"
     )
