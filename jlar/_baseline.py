@@ -102,8 +102,8 @@ def _pooled(steps: Points, lar: Points, loss: Points | None) -> np.ndarray:
     u = np.log2(log[0])
     columns = np.stack([u, *map(_median_of_five, log[1:])])
     bins = np.floor((u - u[0]) / POOLED) if u[-1] - u[0] >= POOLED else u
-    parts = np.split(columns, 1 + np.flatnonzero(np.diff(bins)), axis=1)
-    means = np.stack([part.mean(axis=1) for part in parts], axis=1)
+    binned = np.split(columns, 1 + np.flatnonzero(np.diff(bins)), axis=1)
+    means = np.stack([points.mean(axis=1) for points in binned], axis=1)
     # On to the last step, along the line through the last two means.
     before, last = means[:, -2], means[:, -1]
     end = last + (u[-1] - last[0]) / (last[0] - before[0]) * (last - before)

@@ -88,7 +88,7 @@ class Traced(NamedTuple):
     """A step as a program that closes over nothing."""
 
     program: jex.ClosedJaxpr
-    held: list[Any]  # The values it closed over, now its first arguments
+    consts: list[Any]  # The values it closed over, now its first arguments
     structure: Any  # Of its statistics
 
 
@@ -106,15 +106,15 @@ def evaluate(
             eqns.append(step)
             continue
         traced = _traced(step, traces)
-        held = [jex.Var(jax.typeof(value)) for value in traced.held]
+        consts = [jex.Var(jax.typeof(value)) for value in traced.consts]
         made = [jex.Var(aval) for aval in traced.program.out_avals[len(step.outputs) :]]
-        inputs += held
-        values += traced.held
+        inputs += consts
+        values += traced.consts
         results += made
         found.append((step.key, traced.structure))
         call = step.eqn.replace(
             primitive=closed_call_p,
-            invars=[*held, *step.inputs],
+            invars=[*consts, *step.inputs],
             outvars=[*step.outputs, *made],
             params={"call_jaxpr": traced.program},
             effects=traced.program.effects,
