@@ -143,6 +143,13 @@ def test_the_noise_is_learnt_in_the_first_epoch_in_which_nothing_rings():
     assert watched(run, baseline=base, second_epoch=20_000).first_alarm_step == 0
 
 
+def test_a_step_without_the_baseline_adds_no_noise_to_the_other_signals():
+    lar = curve(noise=0.003)
+    usual = watched(lar, baseline=baseline_of(curve(noise=0.003, seed=1)))
+    without = usual.update(11_500, lar[-1])  # far enough to weigh something
+    np.testing.assert_allclose(without["decline"].allowance, usual["decline"].allowance, rtol=0.1)
+
+
 def test_initialisation_says_nothing():
     dip = np.interp(np.log2(STEPS), [6, 9, 13.3], [0.51, 0.40, 0.40])
     low = watched(dip, baseline=baseline_of(dip + 0.05))
