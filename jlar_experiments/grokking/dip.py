@@ -110,6 +110,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps of each run [40]")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting [3]")
     given = parser.parse_args()
+    if given.steps < 1 or given.seeds < 1:
+        parser.error("--steps and --seeds must be at least 1")
+    if (given.folder / "dip.csv").exists():
+        parser.error(f"{given.folder} holds the dip.csv of an earlier call: name another folder")
     given.folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for config in configs():
