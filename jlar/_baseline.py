@@ -126,7 +126,7 @@ def _by_loss(lar: np.ndarray, loss: np.ndarray) -> np.ndarray:
 
 
 def _shared(curves: list[np.ndarray]) -> np.ndarray:
-    """The places of any of the curves that are within all."""
+    """The steps or losses of all curves together, ascending, that lie within the range of each."""
     first = max(at.min(initial=np.inf) for at, _ in curves)
     last = min(at.max(initial=-np.inf) for at, _ in curves)
     places = np.unique(np.concatenate([at for at, _ in curves]))
@@ -137,7 +137,7 @@ def _curve(curves: list[np.ndarray], knots: np.ndarray) -> np.ndarray:
     """The knots, and there the mean of the curves and their spread."""
     lars, spread = np.stack([np.interp(knots, *each) for each in curves]), np.zeros(KNOTS)
     if (n := len(curves)) > 1:
-        # Few runs tell their variance badly: it is averaged over a quarter of the knots.
+        # The variance of few runs is noisy, so it is averaged over a quarter of the knots.
         variance = np.pad(lars.var(axis=0, ddof=1), KNOTS // 8, "edge")
         variance = np.convolve(variance, np.full(KNOTS // 4 + 1, 4 / (KNOTS + 4)), "valid")
         spread = np.sqrt(variance * (1 + 1 / n))

@@ -108,7 +108,7 @@ def multiplied(A: Array, acc: jnp.dtype) -> Array:
 
 
 def product(X: Array, W: Array, acc: jnp.dtype) -> Array:
-    """X W^T summed in `acc`, from operands in their own dtype where hardware multiplies it."""
+    """X W^T summed in `acc`; operands of one dtype that hardware multiplies are left in it."""
     if X.dtype != W.dtype or X.dtype not in MULTIPLIED:
         X, W = X.astype(acc), W.astype(acc)
     return jnp.matmul(X, W.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=acc)

@@ -75,8 +75,11 @@ def split(
     return mesh.Split(**found, columns=found["n"])
 
 
-def check(axes: mesh.Axes | None, known: set[str]) -> None:
-    """ValueError unless `axes` maps what can be split to axes of a shard_map."""
+def check_axes(axes: mesh.Axes | None, known: set[str]) -> None:
+    """ValueError if `axes` has other keys than `KEYS`, or names what is not in `known`.
+
+    Those are the axes of the shard_maps inside of the call or around it.
+    """
     if unknown := set(sum(mesh.entries(axes, KEYS).values(), ())) - known:
         raise ValueError(
             f"axes names {sorted(unknown)}, over which no jax.shard_map splits anything here: "
@@ -97,7 +100,7 @@ def told(axes: mesh.Axes | None) -> mesh.Split:
 
 
 def summed_output(split: mesh.Split, path: str, eqns: Sequence[Any]) -> tuple[mesh.Split, Any]:
-    """What is the result of the first equation once it is summed over its inputs, and its split."""
+    """The split of the first equation's result, and the result, once summed over the inputs."""
     Y = eqns[0].outvars[0]
     for eqn in eqns[1:]:
         places = [j for j, atom in enumerate(eqn.invars) if atom is Y]
@@ -119,7 +122,7 @@ def over_devices(statistic: PyTree, split: mesh.Split, loops: int, axes: Iterabl
     `loops` is how many axes of its stack are those of loops, before those of the product.
     """
     axes = frozenset(axes)
-    t, m, n, _, stack, scattered = split.beyond(frozenset().union(*split) - axes)
+    t, m, n, _, stack, scattered = split.without(frozenset().union(*split) - axes)
 
     def counted(sums: Array) -> Array:
         calls, tokens = sums[..., -3:-2, :], sums[..., -2:, :]

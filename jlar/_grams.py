@@ -52,6 +52,7 @@ class Grams(Pool):
         return self.energies.lar
 
     def _reliable_trace(self, gram: Float[Array, "*stack n n"]) -> Float[Array, "*stack"]:
+        """The trace, or nan if it is too small or large or of more than 2^16 calls."""
         trace = _trace(gram)
         return jnp.where(is_reliable(trace) & (self.calls <= 2**16), trace, jnp.nan)
 
@@ -82,8 +83,8 @@ def grams(
     """$W^T W$ and $X^T X$: everything the spectra and LAR need, in n x n numbers.
 
     LAR from them needs no logits, so it works next to a fused loss. O((m + t) n^2). Differentiable,
-    but for their spectra. Over `axes` go sums of n x n numbers; where "n" is split, W and X as
-    well, each device sending its part once.
+    but for their spectra. The devices along `axes` exchange sums of n x n numbers; where "n" is
+    split, each also sends its part of W and X once.
 
     Returns:
         `Grams` of two (n, n) matrices, float32 (float64 if an input is).
@@ -108,8 +109,8 @@ def gram(
 ) -> Float[Array, "n n"]:
     """A^T A over all leading axes in dtype `acc`, summed over the mesh axes that split A.
 
-    With explicit mesh axes A's type tells what splits it, and a shard_map says so. With automatic
-    axes XLA decides what moves.
+    `rows` and `columns` are those axes inside a shard_map. Explicit mesh axes are read from A's
+    type, and this calls itself in a shard_map. With automatic axes XLA decides what moves.
     """
     sharding = jax.typeof(A).sharding
     if sharding.mesh.explicit_axes and not sharding.mesh.manual_axes:

@@ -43,35 +43,36 @@ def scan(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     def stacked(key: Key) -> Key:
         return _ended(key, loop)._replace(stack=(length, *key.stack), loops=key.loops + 1)
 
-    def outside(site: Site) -> Site:
+    def after_loop(site: Site) -> Site:
+        """The site of the body as it is listed for the whole scan."""
         if site.key not in rows:
             return site.inside(f"scan of {length}, pooled")
         return site.inside(f"scan of {length}", key=stacked(site.key))
 
-    return Plan(origins, list(map(outside, plan.sites)), plan.notes, run)
+    return Plan(origins, list(map(after_loop, plan.sites)), plan.notes, run)
 
 
 def while_loop(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     """All iterations pool, for their number is not known."""
     params, loop = eqn.params, walk.number(object())
-    body, condition, tested = params["body_jaxpr"], params["cond_jaxpr"], params["cond_nconsts"]
-    consts = params["body_nconsts"]
-    plan, origins = _fixed_point(walk, body, given[tested:], consts, len(given) - tested, loop)
-    in_condition = walk.plan(condition, [*given[:tested], *origins]).sites
+    body, condition = params["body_jaxpr"], params["cond_jaxpr"]
+    # First come the constants of the condition, then those of the body, then what is carried.
+    of_body, carried = params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"]
+    consts, end = params["body_nconsts"], len(given) - of_body
+    plan, origins = _fixed_point(walk, body, given[of_body:], consts, end, loop)
+    in_condition = walk.plan(condition, [*given[:of_body], *origins]).sites
     notes = [(site.key.leaf, "in the condition of a while_loop") for site in in_condition]
 
     def run(*args: Any) -> tuple[Values, Statistics]:
-        of_condition, of_body = args[:tested], args[tested : tested + consts]
-
         def step(so_far: tuple[Values, Statistics]) -> tuple[Values, Statistics]:
             carry, pools = so_far
-            carry, seen = plan.run(*of_body, *carry)
+            carry, seen = plan.run(*args[of_body:carried], *carry)
             return carry, pooled(pools, seen)
 
         def go_on(so_far: tuple[Values, Statistics]) -> Any:
-            return jex.jaxpr_as_fun(condition)(*of_condition, *so_far[0])[0]
+            return jex.jaxpr_as_fun(condition)(*args[:of_body], *so_far[0])[0]
 
-        first = list(args[tested + consts :]), zeros_of(plan.run, body.jaxpr.invars)
+        first = list(args[carried:]), zeros_of(plan.run, body.jaxpr.invars)
         outs, seen = jax.lax.while_loop(go_on, step, first)
         return outs, rekeyed(seen, lambda key: _ended(key, loop))
 

@@ -21,9 +21,9 @@ class Split(NamedTuple):
     n: tuple[str, ...] = ()  # Inputs: the columns of W
     columns: tuple[str, ...] = ()  # Inputs: the columns of X
     stack: tuple[str, ...] = ()  # Stacked matrices
-    scattered: tuple[str, ...] = ()  # Y as well, where a reduce_scatter sums it over the inputs
+    scattered: tuple[str, ...] = ()  # These split Y too, after a reduce_scatter
 
-    def beyond(self, axes: Iterable[str]) -> "Split":
+    def without(self, axes: Iterable[str]) -> "Split":
         """What is left outside of a shard_map over these axes."""
         return Split(*(tuple(name for name in names if name not in axes) for names in self))
 
@@ -84,6 +84,7 @@ def varying(a: Array) -> frozenset[str]:
 def check_varies(a: Array, name: str, axes: tuple[str, ...]) -> None:
     """ValueError where `a` is the same along an axis that is said to split it."""
     for axis in axes:
+        # With check_vma=False not even the type of the index says that it varies.
         if axis in varying(jax.lax.axis_index(axis)) and axis not in varying(a):
             raise ValueError(
                 f"{name} is the same on every device along {axis!r}, so that axis does not split "
@@ -115,8 +116,8 @@ def vary_as(a: Array, *others: Array) -> Array:
 def on_auto_axes(f: Callable[..., Any], out: Any = PartitionSpec()) -> Callable[..., Any]:  # noqa: B008
     """`f` with results that are whole on every device, or sharded as the specs `out` say.
 
-    Where arguments carry explicit mesh axes, JAX refuses a product over a sharded axis, an eigh or
-    an SVD without it. Elsewhere it changes nothing.
+    Where arguments carry explicit mesh axes, JAX refuses a product over a sharded axis, a split
+    of it, an eigh or an SVD without this. Elsewhere it changes nothing.
     """
 
     def call(*args: Array) -> Any:

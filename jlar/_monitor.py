@@ -16,7 +16,7 @@ from ._checks import check_width, need, real_array
 ALIGNED = 0.53  # LAR is 1/2 at initialisation: a run that has not risen above this says nothing
 MEMORISED = 0.05  # training loss, of its largest
 SMOOTH = 1 / 8  # doublings of steps that means of LAR and of the loss are over
-LONGEST = 1 / 4  # doublings that one point may stand for, and that a signal may be without one
+LONGEST = 1 / 4  # doublings that a point may stand for; a signal without one for longer starts anew
 NOISELESS = 0.003  # LAR: what a point may add to a noise of 0
 
 
@@ -26,7 +26,9 @@ class Thresholds:
 
     allowance: float = 0.006  # what is never counted
     noises: float = 2.5  # the same in multiples of the noise, where that is more
-    hold: float = 0.05  # doublings of steps that one of overfitting may be at twice the allowance
+    hold: float = (
+        0.05  # doublings of steps at twice the allowance after which one of overfitting rings
+    )
     decline: float = 0.0075  # what a run may lose per doubling of steps after its peak
     grokked: float = 0.4  # of the effective dimension at memorisation: below it, `grokking` rings
 
@@ -53,7 +55,9 @@ class Signal(eqx.Module):
     noise: Float[Array, "*signals"]  # root mean square of x in the first epoch
     first_alarm_step: Float[Array, "*signals"]  # 0 if it never rang
     step_before: Float[Array, "*signals"]  # the last before the first alarm at which S was 0
-    heard: Float[Array, "*signals"]  # values since there was none for a quarter of a doubling
+    heard: Float[
+        Array, "*signals"
+    ]  # values since the last pause of more than a quarter of a doubling
     doublings: Float[Array, "*signals"]  # log2 of the step of the last value
     width: Float[Array, "*signals"]  # of the last value in doublings, at most a quarter of one
     recent: Float[Array, "*signals"]

@@ -14,13 +14,14 @@ class Origin(NamedTuple):
     data: bool = False
     """Whether it comes from anything else than weights and numbers written in the program."""
     cut: str = ""  # The part of the leaf it is, as an index: `[0:64]`
-    layout: str = ""  # The transpositions since then, to be named if another cut follows
+    layout: str = ""  # The transpositions and reshapes since then; part of `cut` if another follows
     loops: frozenset[int] = frozenset()
     """The scans in which it is another weight in each iteration."""
     split: frozenset[str] = frozenset()
     """The mesh axes along which the devices of a shard_map hold different parts of it."""
     number: int | None = None
-    """Two numbers, or two values carried by a loop, for which this is equal are equal."""
+    """Values with the same number are equal. Numbers written in the program and values carried by a
+    loop have one; None: nothing is known."""
     joins: tuple[tuple[int, int, Any], ...] = ()
     """The start, end and origin of each value that a vector concatenates (ravel_pytree)."""
 
@@ -31,7 +32,7 @@ Bounds = tuple[int, int, int]
 
 LOOKUPS = ("dynamic_slice", "gather")
 UNKNOWN = r"\[\?\d+\]"
-"""In a cut, an index of which is known only whether it is equal to another one."""
+"""Matches `[?1]` in a cut, an index that the program computes: known is only which are equal."""
 
 
 def why(eqn: Any, i: int) -> str:
@@ -75,7 +76,8 @@ def made_by(
     if cuts := _cuts(eqn, shape):
         return [_of_one(joins, *cut[0]) or cut_out(origin, shape, cut) for cut in cuts]
     if name in LOOKUPS:
-        # Another index is another matrix, whatever its value is; the first is called as the leaf.
+        # Each different index is another matrix, whatever its value; the first keeps the name of
+        # the leaf.
         seen = lookups.setdefault((origin.leaves, origin.cut, origin.layout, shape), [])
         by = zip(given[1:], eqn.invars[1:], strict=True)
         index = [id(atom) if o.number is None else o.number for o, atom in by]
@@ -85,7 +87,10 @@ def made_by(
 
 
 def _cuts(eqn: Any, shape: tuple[int, ...]) -> list[list[Bounds]]:
-    """What each result is of the first operand, axis by axis; none unless the program writes it."""
+    """For each result, what it takes along each axis of the first operand.
+
+    Empty if this is no cut, or if its bounds are not written in the program.
+    """
     name, params = eqn.primitive.name, eqn.params
     if name == "slice":
         strides = params["strides"] or (1,) * len(shape)
@@ -103,7 +108,10 @@ def _cuts(eqn: Any, shape: tuple[int, ...]) -> list[list[Bounds]]:
 
 
 def _of_one(joins: Sequence[Any], start: int, end: int, stride: int) -> Origin | None:
-    """What lies between start and end of a vector, if that is of one weight it concatenates."""
+    """The origin of a slice of a concatenated vector if it lies inside one of the weights joined.
+
+    Otherwise None. So what unravels a model (ravel_pytree) gives each weight back.
+    """
     for first, last, origin in joins:
         if first <= start and end <= last and stride == 1 and origin.leaves:
             return cut_out(origin, (last - first,), [(start - first, end - first, 1)])

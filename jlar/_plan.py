@@ -35,14 +35,15 @@ class Key(NamedTuple):
     stack: tuple[int, ...]
     """First the lengths of loops around the product, then what it stacks itself."""
     split: Split
-    """The mesh axes that split the product; one device's share is summed in the end."""
+    """The mesh axes that split the product. Until `summed` adds the devices up, the statistics are
+    those of one device."""
     varies: tuple[int, ...]
     """The enclosing scans in which it is another matrix in each iteration."""
     loops: int = 0  # How many leading axes of `stack` come from loops
 
-    def beyond(self, axes: Iterable[str]) -> "Key":
+    def without(self, axes: Iterable[str]) -> "Key":
         """The key outside of a shard_map over these axes."""
-        return self._replace(split=self.split.beyond(axes))
+        return self._replace(split=self.split.without(axes))
 
 
 class Site(NamedTuple):
@@ -53,7 +54,7 @@ class Site(NamedTuple):
     through: tuple[str, ...] = ()  # The control flow around it, innermost first
 
     def inside(self, what: str, **changes: Any) -> "Site":
-        """The same site seen from outside of one construct."""
+        """The same site, with one more construct around it in `through`."""
         return self._replace(through=(*self.through, what), **changes)
 
 
@@ -61,7 +62,7 @@ class Step(NamedTuple):
     """What takes the place of an equation, or is run beside it."""
 
     run: Callable[..., tuple[Values, Any]]
-    """From the inputs to (the outputs, statistics by key); at a site just its statistics."""
+    """From the inputs to (the outputs, statistics by key); at a site to ([], its statistics)."""
     eqn: Any
     inputs: Sequence[Any]
     outputs: Sequence[Any] = ()
@@ -155,7 +156,10 @@ def pooled(a: Statistics, b: Statistics) -> Statistics:
 
 
 def rekeyed(seen: Statistics, change: Callable[[Key], Key]) -> Statistics:
-    """The statistics under other keys; those that come under one key pool."""
+    """The statistics with their keys changed, as where a loop or a shard_map ends.
+
+    Those that get the same key pool.
+    """
     total: Statistics = {}
     for key, value in seen.items():
         total = pooled(total, {change(key): value})
@@ -165,4 +169,4 @@ def rekeyed(seen: Statistics, change: Callable[[Key], Key]) -> Statistics:
 def summed(seen: Statistics, axes: Iterable[str]) -> Statistics:
     """The statistics as a shard_map over these axes returns them: summed, stacks gathered."""
     whole = {key: over_devices(seen[key], key.split, key.loops, axes) for key in seen}
-    return rekeyed(whole, lambda key: key.beyond(axes))
+    return rekeyed(whole, lambda key: key.without(axes))

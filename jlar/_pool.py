@@ -122,5 +122,6 @@ class Pool(eqx.Module):
             f"axis must name stacked axes, of which these statistics have {stacked}; got {axis}.",
         )
         added = jax.tree.map(lambda leaf: jnp.sum(leaf, axes), self)
+        # JAX refuses to split a stack that is sharded over explicit mesh axes.
         sums = on_auto_axes(partial(sum_pairs, axes=axes))(jnp.asarray(self.sums))
         return dataclasses.replace(added, sums=sums)

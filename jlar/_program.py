@@ -35,12 +35,15 @@ class Program:
         mask: ArrayLike | None,
         axes: mesh.Axes | None,
     ):
-        self.closed, self.structure, self.static = eqx.filter_make_jaxpr(_pure(f))(*args, **kwargs)
+        self.closed, self.structure, self.static = eqx.filter_make_jaxpr(_refusing_changes(f))(
+            *args, **kwargs
+        )
         self.inputs = jax.tree.leaves(eqx.filter((args, kwargs), _is_array))
         leaves = jax.tree_util.tree_leaves_with_path(eqx.filter(args[0], _is_array))
         self.leaves = [leaf for _, leaf in leaves]
         self.paths = _names([path for path, _ in leaves])
         origins, jaxpr = [], self.closed.jaxpr
+        # Constants have negative numbers; the others begin with the leaves of the first argument.
         for i, v in enumerate([*jaxpr.constvars, *jaxpr.invars], start=-len(jaxpr.constvars)):
             weight = 0 <= i < len(self.leaves) and is_weight(self.leaves[i])
             origin = Origin(leaves=frozenset({i})) if weight else DATA
@@ -53,12 +56,13 @@ class Program:
             mask=None if mask is None else jnp.asarray(mask).astype(bool),
             axes=axes,
             rules=RULES,
-            told=devices.told(axes) if _blind() else None,
+            told=devices.told(axes) if _vma_is_off() else None,
         )
+        # Of the shard_maps around this call
         self.manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
         walk.mesh_axes.update({axis: jax.lax.axis_size(axis) for axis in self.manual})
         self.plan = walk.plan(self.closed, origins)
-        devices.check(axes, set(walk.mesh_axes))
+        devices.check_axes(axes, set(walk.mesh_axes))
 
     def run(self) -> tuple[Any, dict[str, PyTree]]:
         """What the function returns, and the statistics by name."""
@@ -83,7 +87,7 @@ class Program:
         """
         work: collections.Counter[Key] = collections.Counter()
         for site in self.plan.sites:
-            work[site.key.beyond(self.manual)] += site.key.m * math.prod(site.tokens)
+            work[site.key.without(self.manual)] += site.key.m * math.prod(site.tokens)
         plain = {key: self.paths[key.leaf] + re.sub(UNKNOWN, "", key.cut) for key in work}
         names: dict[Key, str] = {}
         for key in sorted(work, key=lambda key: (key.leaf, plain[key], -work[key])):
@@ -94,8 +98,11 @@ class Program:
         return names
 
 
-def _pure(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f`, which may not change the weights in place: what it is given are tracers of its own."""
+def _refusing_changes(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f`, or ValueError if it changes the weights in place.
+
+    A trace gives it a copy of them, so the change would be lost.
+    """
 
     def call(weights: PyTree, /, *args: Any, **kwargs: Any) -> Any:
         before = jax.tree.leaves(weights)
@@ -117,12 +124,14 @@ def is_weight(leaf: Any) -> bool:
     """Whether an array holds numbers to multiply with: random keys are no weights."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return False
+    # Keys of the old style are uint32, with a last axis of two.
     return not (leaf.dtype == jnp.uint32 and leaf.shape[-1:] == (2,))
 
 
-def _blind() -> bool:
-    """Whether this is inside a shard_map whose types do not tell what it splits."""
+def _vma_is_off() -> bool:
+    """Whether this is inside a shard_map with check_vma=False, whose types do not tell a split."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
+    # The index differs between devices; where its type does not say so, none does.
     return any(axis not in mesh.varying(jax.lax.axis_index(axis)) for axis in manual)
 
 
@@ -131,18 +140,22 @@ def _is_array(a: Any) -> bool:
 
 
 def _names(paths: list[tuple[Any, ...]]) -> list[str]:
-    """The paths as one would write them; those that would read alike as Python's indexing."""
-    alone = collections.Counter(path[:-1] for path in paths)
-    names = [_dotted(path, alone) for path in paths]
+    """Each path as text, with dots; those that would be equal are written as Python indexes."""
+    arrays_under = collections.Counter(path[:-1] for path in paths)
+    names = [_dotted(path, arrays_under) for path in paths]
     return [
         jax.tree_util.keystr(path) if names.count(name) > 1 else name
         for name, path in zip(names, paths, strict=True)
     ]
 
 
-def _dotted(path: tuple[Any, ...], alone: collections.Counter[Any]) -> str:
+def _dotted(path: tuple[Any, ...], arrays_under: collections.Counter[Any]) -> str:
     # The boxes that flax puts around arrays have one attribute, and do not count.
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value") and alone[path[:-1]] == 1:
+    if (
+        len(path) > 1
+        and path[-1] == jax.tree_util.GetAttrKey("value")
+        and arrays_under[path[:-1]] == 1
+    ):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator=".") or "weights"
 

@@ -122,7 +122,7 @@ def _shard_map(walk: Walk, eqn: Any, given: list[Origin]) -> Plan:
     )
     return Plan(
         origins=[o._replace(split=o.split - axes) for o in plan.origins],
-        sites=[site.inside("shard_map", key=site.key.beyond(axes)) for site in plan.sites],
+        sites=[site.inside("shard_map", key=site.key.without(axes)) for site in plan.sites],
         notes=plan.notes,
         run=run,
     )

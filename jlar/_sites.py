@@ -46,7 +46,7 @@ class Sites(tuple[Row, ...]):
             for key, tokens, through in here:
                 # Names are those outside of any shard_map around this call; a site lists control
                 # flow innermost first, a row outermost first.
-                name = names[key.beyond(program.manual)]
+                name = names[key.without(program.manual)]
                 measured = name, key.m, key.n, tokens, key.stack, through[::-1]
                 rows.append(Row(path, leaf.shape, *measured))
             why = dict.fromkeys(note for number, note in program.plan.notes if number == i)

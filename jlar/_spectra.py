@@ -12,7 +12,7 @@ from ._energies import log_ratio
 
 
 class TopOverlap(NamedTuple):
-    """LAR = L + D: of the leading directions, and what the others add, at least 0."""
+    """LAR = L + D: L of the leading directions alone, and D, at least 0, what the others add."""
 
     L: Float[Array, "*stack"]
     D: Float[Array, "*stack"]
@@ -65,11 +65,12 @@ class Spectra(eqx.Module):
     def effective_rank(self) -> Float[Array, "*stack"]:
         """Exponential of the entropy of the singular values over their sum, equation (11).
 
-        Where W lacks rank take spectra by method="svd": the roots of rounding errors count here.
+        If W lacks rank take spectra by method="svd": by "gram" p has rounding errors, and their
+        roots count here.
         """
         s = jnp.sqrt(self.p)
         s = s / jnp.sum(s, axis=-1, keepdims=True)
-        s = jnp.where(s == 0, 1, s)  # adds as little to the sum, and its logarithm is finite
+        s = jnp.where(s == 0, 1, s)  # 1 log 1 is 0, as 0 log 0 should be, and is finite
         return jnp.exp(-jnp.sum(s * jnp.log(s), axis=-1))
 
     @property

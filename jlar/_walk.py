@@ -111,7 +111,8 @@ class Walk:
             return Plan(devices.split_after(eqn, origins))
         large = given
         if name in ("mul", "div") and any(o.leaves for o in given):
-            # A scalar of the data cancels on a weight, but data times a scalar weight is data.
+            # A weight times a scalar of the data is still that weight, since LAR does not depend on
+            # the scale of W. Data times a scalar weight is data.
             operands, size = zip(given, eqn.invars, strict=True), eqn.outvars[0].aval.size
             large = [o for o, atom in operands if not o.data or atom.aval.size == size]
         joined = self.joined(large)
@@ -148,7 +149,8 @@ class Walk:
                 "capture of its own without the mask."
             )
         split, Y = self._split(path, weight.split, given[x].split, product), eqn.outvars[0]
-        # One device has a term of Y: energies need the square of the sum, which a psum returns.
+        # Where devices split the inputs, each has one term of Y. Energies need the square of the
+        # whole sum, which the psum or reduce_scatter that follows returns.
         if split.n and self.measure is energies:
             split, Y = devices.summed_output(split, path, eqns[i:])
         key = Key(
@@ -169,7 +171,7 @@ class Walk:
     def _measured(
         self, product: Product, split: mesh.Split, *operands: Array
     ) -> tuple[Sequence[Any], PyTree]:
-        """What is run at a site: it has no outputs but the statistics of its product."""
+        """The `run` of a site's `Step`: on W, X, Y and, of a ragged_dot, the groups' sizes."""
         keep = None if self.mask is None else self.mask.reshape(product.tokens)
         return [], statistics(self.measure, product, split, keep, *operands)
 
@@ -217,7 +219,7 @@ def _unfit(product: Product | str, eqn: Any, given: list[Origin]) -> str:
     """Why this product has no log-alignment ratio; empty if it has one."""
     if isinstance(product, str):
         return product
-    # Shared between devices, one input is a part of several.
+    # If devices split the inputs, n = 1 here is one device's part of several inputs.
     if product.n < 2 and not given[0].split & given[1].split:
         return f"a product over n = {product.n} inputs, which has no alignment"
     if 0 in (product.m, *product.tokens, *product.stack):

@@ -57,7 +57,7 @@ class Checkpoints:
         # The training step donates its buffers, so what is written must be a copy. Without `force`
         # orbax skips a save while another is under way, and the last one must not be skipped.
         with self._unsaved():
-            described: Any = {"digest": int(digest(state, step))}
+            described: Any = {"digest": digest(state, step)}
             self._checkpointer.save_async(
                 step, jax.tree.map(jnp.copy, state), force=True, custom_metadata=described
             )
@@ -90,7 +90,7 @@ class Checkpoints:
             digested, why = _attempt(lambda step=step: self._digested(step))
             if not (why or found):
                 state, why = _attempt(lambda step=step: self._loaded(step, like))
-                if not why and int(digest(state, step)) != digested:
+                if not why and digest(state, step) != digested:
                     why = "its arrays are not those that were saved"
                 found = None if why else (step, state)
             if why:
@@ -186,24 +186,26 @@ def _attempt(function: Callable[[], Any]) -> tuple[Any, str]:
     return result, next(filter(None, hosts.lines(why)), "")
 
 
-@jax.jit
-def digest(state: Any, step: int) -> UInt32[Array, ""]:
+def digest(state: Any, step: int) -> int:
     """A number that any change within one entry of the state changes, and others all but surely.
 
     The sum over all entries of their bits, mixed with their place by the finaliser of MurmurHash3,
     modulo 2^32: the same on any mesh, and no collective carries more than one number.
     """
-    total = jnp.asarray(step, jnp.uint32)
-    for number, leaf in enumerate(jax.tree.leaves(state)):
-        a = jnp.asarray(leaf)
-        width = 8 * a.dtype.itemsize
-        if a.dtype != bool:
-            a = jax.lax.bitcast_convert_type(a, f"uint{min(width, 32)}")
-        place = jnp.full(a.shape, number + 1, jnp.uint32)
-        for axis in range(a.ndim):
-            place = _mixed(place) + jax.lax.broadcasted_iota(jnp.uint32, a.shape, axis)
-        total += jnp.sum(_mixed(_mixed(place) ^ a.astype(jnp.uint32)), dtype=jnp.uint32)
-    return total
+    leaves = enumerate(jax.tree.leaves(state), start=1)
+    parts = [_digest_of_leaf(leaf, number) for number, leaf in leaves]
+    return (step + sum(map(int, parts))) % 2**32
+
+
+@jax.jit  # leaf by leaf: equal shapes compile once, in a third of the time of one program for all
+def _digest_of_leaf(leaf: Array, number: int) -> UInt32[Array, ""]:
+    width = 8 * leaf.dtype.itemsize
+    if leaf.dtype != bool:
+        leaf = jax.lax.bitcast_convert_type(leaf, f"uint{min(width, 32)}")
+    place = jnp.full(leaf.shape, number, jnp.uint32)
+    for axis in range(leaf.ndim):
+        place = _mixed(place) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+    return jnp.sum(_mixed(_mixed(place) ^ leaf.astype(jnp.uint32)), dtype=jnp.uint32)
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
