@@ -144,7 +144,7 @@ def _study(folder: Path) -> str:
     from .folder import read
 
     name = (read(folder) or {}).get("study")
-    recorded = any(folder.glob("metrics.jsonl")) or any(folder.glob("*/metrics.jsonl"))
-    if name not in STUDIES or not recorded:
+    recorded = ("metrics.jsonl", "*/metrics.jsonl", "runs.jsonl.gz")
+    if name not in STUDIES or not any(any(folder.glob(each)) for each in recorded):
         raise Refusal(f"{folder} holds no records of a run")
     return name

@@ -30,7 +30,7 @@ class GrokConfig:
     seeds: Annotated[int, "runs trained together, with consecutive seeds (paper: 5)"] = 1
     seed: Annotated[int, "first seed; split, initialisation and batches follow from it"] = 0
     epochs: Annotated[int, "epochs at most (paper: 50000)"] = 5000
-    after_grok: Annotated[int, "epochs to go on after grokking (paper: 2000)"] = 100
+    after_grok: Annotated[int, "epochs to go on after grokking (paper: 2000)"] = 80
     log_every: Annotated[int, "epochs between two logs (paper: 20)"] = 20
     lr: Annotated[float, "learning rate of AdamW, after 10 steps of warm-up (paper: .001)"] = 1e-3
     weight_decay: Annotated[float, "decoupled, on every parameter (paper: 1)"] = 1.0

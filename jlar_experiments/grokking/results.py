@@ -1,20 +1,32 @@
-"""The page and tables of `jlar paper grokking`, from the records of its runs alone."""
+"""The page and tables of `jlar paper grokking`, from the records of its runs alone.
+
+    python -m jlar_experiments.grokking.results FOLDER
+
+packs the logs of all runs in FOLDER into one file there, `runs.jsonl.gz`, which does for the
+folders of those runs in everything but the spectra.
+"""
 
 import csv
 import dataclasses
+import gzip
 import io
+import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from .. import page
+from .. import options, page
 from ..errors import Refusal
-from ..records import write_whole
+from ..records import Row, write_packed, write_whole
 from . import analysis, beyond, plates
 from .analysis import REFERENCE, Run, Timeline
 from .config import GrokConfig
+from .plan import folder_name
 
+PACKED = "runs.jsonl.gz"
+TIMES = ("step", "training_seconds", "evaluation_seconds")  # not packed: of no table
 RESAMPLES = 10_000
 FEWEST = 5  # runs, of which an interval says something
 COLUMNS = ("memorised", "grokked", "final_grokked", "final_not_grokked")
@@ -64,14 +76,33 @@ def _verdict(runs: Sequence[Run]) -> str:
 
 
 def read(folder: Path) -> list[Run]:
-    """Every run in the folder that has a log."""
+    """Every run in the folder that has a log; one that is only packed there has no spectra."""
     found = []
+    if (folder / PACKED).exists():
+        with gzip.open(folder / PACKED, "rt", encoding="utf-8") as file:
+            found += [_unpacked(json.loads(line)) for line in file]
     for each in sorted(folder.iterdir()):
         if (each / "metrics.jsonl").exists() and (each / "config.json").exists():
             run = analysis.read(each)
             found += [run] if any(line.rows for line in run.seeds.values()) else []
-    # As the paper numbers its tasks, most pairs first.
-    return sorted(found, key=_place)
+    # Those in folders of their own take the place of packed ones. Order: as the paper numbers its
+    # tasks, most pairs first.
+    return sorted({folder_name(run.config): run for run in found}.values(), key=_place)
+
+
+def pack(folder: Path) -> None:
+    """Put the logs of all runs in the folder into one file."""
+    packed = []
+    for run in read(folder):
+        lines = [row for line in run.seeds.values() for row in line.rows]
+        rows = [{k: v for k, v in row.items() if k not in TIMES} for row in lines]
+        packed.append({"settings": dataclasses.asdict(run.config), "rows": rows})
+    write_packed(folder / PACKED, packed)
+
+
+def _unpacked(stored: Row) -> Run:
+    config = options.stored(stored["settings"], GrokConfig)
+    return Run(config, {}, analysis.timelines(config, stored["rows"]), [])
 
 
 def _place(run: Run) -> tuple[float, int, int]:
@@ -188,3 +219,9 @@ def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_whole(path, text.getvalue())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m jlar_experiments.grokking.results FOLDER")
+    pack(Path(sys.argv[1]))

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +93,14 @@ def test_calls_add_up_and_an_interrupted_one_goes_on(tmp_path, monkeypatch, caps
     said = capsys.readouterr().out
     assert "set A, paper" in said and "report.html" in said
     assert cli.main(["report", str(out)]) == 0
+    results.pack(out)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for name in (results.PACKED, "config.json"):
+        shutil.copy(out / name, packed)
+    assert cli.main(["report", str(packed)]) == 0
+    assert (packed / "logs.csv").read_text() == (out / "logs.csv").read_text()
+    assert len(results.read(out)) == 2  # each run once, though it is there twice
     assert cli.main(["paper", "grokking", "--out", str(first.parent)]) == 2
     assert "is that of `jlar grok`; choose another" in capsys.readouterr().err
 
