@@ -83,13 +83,16 @@ def as_options(message: str, names: list[str]) -> str:
 def stored(values: object, kind: type[T]) -> T:
     """The dataclass with these values, as they were read from a file.
 
+    A setting that is not there is newer than the file, and had its default value then.
+
     Raises:
-        ValueError: a setting is unknown, missing, of another type, or refused by the dataclass.
+        ValueError: a setting is unknown, of another type, or refused by the dataclass.
     """
     hints = get_type_hints(kind)
-    if not isinstance(values, dict) or values.keys() != hints.keys():
-        there = values.keys() if isinstance(values, dict) else set()
-        raise ValueError(f"its settings are not this version's: {sorted(hints.keys() ^ there)[:3]}")
+    if not isinstance(values, dict):
+        raise ValueError("it has no settings")
+    if unknown := sorted(values.keys() - hints.keys()):
+        raise ValueError(f"its settings are not this version's: {unknown[:3]}")
     for name, value in values.items():
         options = get_args(hints[name]) or (hints[name],)
         fits = value in options or type(value) in options

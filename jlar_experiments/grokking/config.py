@@ -10,6 +10,7 @@ from .tasks import TASKS, Task, task
 Norm = Literal["post", "pre", "pre-no-final"]
 Model = Literal["transformer", "mlp"]
 LastBatch = Literal["keep", "drop"]
+Activation = Literal["relu", "gelu"]
 LARGEST_P = 1000  # a table of p^2 pairs is on the device
 
 
@@ -53,6 +54,10 @@ class GrokConfig:
         "post: LayerNorm after each residual sum (reproduces the paper, which does not say); pre: "
         "RMSNorm before each sub-block and at the end; pre-no-final: the same without the last",
     ] = "post"
+    activation: Annotated[
+        Activation, "of the feed-forward layers (the paper does not say; relu fits most tasks)"
+    ] = "relu"
+    biases: Annotated[bool, "of attention and feed-forward layers, as PyTorch starts them"] = False
     embedding_scale: Annotated[
         float,
         "standard deviation of embeddings and positions at initialisation (1 reproduces the paper)",
@@ -78,11 +83,9 @@ class GrokConfig:
         demand(0 <= decay < float("inf"), "weight_decay must not be negative", decay)
         demand(0 < scale < float("inf"), "embedding_scale must be positive", scale)
         demand(self.norm in get_args(Norm), f"norm must be one of {get_args(Norm)}", self.norm)
-        demand(
-            self.last_batch in get_args(LastBatch),
-            f"last_batch must be one of {get_args(LastBatch)}",
-            self.last_batch,
-        )
+        for name, kind in (("last_batch", LastBatch), ("activation", Activation)):
+            value = getattr(self, name)
+            demand(value in get_args(kind), f"{name} must be one of {get_args(kind)}", value)
         demand(
             self.log_every <= self.epochs,
             f"log_every must not exceed epochs ({self.epochs})",
@@ -100,7 +103,8 @@ class GrokConfig:
     def _check_model(self) -> None:
         demand(self.model in get_args(Model), f"model must be one of {get_args(Model)}", self.model)
         if self.model == "mlp":
-            for name in ("layers", "heads", "norm", "embedding_scale", "tied", "decay_gains"):
+            unused = "layers heads norm activation biases embedding_scale tied decay_gains"
+            for name in unused.split():
                 value = getattr(self, name)
                 demand(value == getattr(GrokConfig, name), f"{name} is of no use to an mlp", value)
 

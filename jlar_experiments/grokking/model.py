@@ -9,13 +9,14 @@ first position first: with an axis of positions the step takes some 1.6 times as
 """
 
 import itertools
+from functools import partial
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from .config import GrokConfig
+from .config import Activation, GrokConfig
 
 
 class Norm(eqx.Module):
@@ -36,16 +37,29 @@ class Norm(eqx.Module):
         return x if self.bias is None else x + self.bias
 
 
-class Block(eqx.Module):
-    """Causal attention and a ReLU MLP, each with its residual sum and its norm, without biases."""
+class Linear(eqx.Module):
+    """A weight matrix, and a bias where the settings ask for biases."""
 
-    qkv: Float[Array, "three_n n"]
-    out: Float[Array, "n n"]
-    up: Float[Array, "four_n n"]
-    down: Float[Array, "n four_n"]
+    weight: Float[Array, "m n"]
+    bias: Float[Array, " m"] | None = None
+
+    def __call__(self, x: Float[Array, "t n"], rows: slice = slice(None)) -> Float[Array, "t rows"]:
+        """The outputs, or some of them."""
+        y = x @ self.weight[rows].T
+        return y if self.bias is None else y + self.bias[rows]
+
+
+class Block(eqx.Module):
+    """Causal attention and a feed-forward layer, each with its residual sum and its norm."""
+
+    qkv: Linear
+    out: Linear
+    up: Linear
+    down: Linear
     norms: tuple[Norm, Norm]
     heads: int = eqx.field(static=True)
     post: bool = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
 
     def __init__(self, config: GrokConfig, key: PRNGKeyArray):
         n = config.width
@@ -53,19 +67,25 @@ class Block(eqx.Module):
         drawn = jax.random.uniform(key, (12 * n, n), minval=-1)
         qkv, out, up, down = jnp.split(drawn, [3 * n, 4 * n, 8 * n])
         xavier = (6 / (n + 3 * n)) ** 0.5  # PyTorch initialises the three projections as one
-        self.qkv, self.out, self.up = xavier * qkv, n**-0.5 * out, n**-0.5 * up
-        self.down = (4 * n) ** -0.5 * down.reshape(n, 4 * n)
-        self.post = config.norm == "post"
+        down = (4 * n) ** -0.5 * down.reshape(n, 4 * n)
+        biases: list[Array | None] = [None] * 4
+        if config.biases:  # those of the attention start at 0
+            first, second = jnp.split(_uniform(jax.random.fold_in(key, 1), (5 * n,), 1), [4 * n])
+            zeros = jnp.zeros(3 * n), jnp.zeros(n)
+            biases = [*zeros, n**-0.5 * first, (4 * n) ** -0.5 * second]
+        weights = xavier * qkv, n**-0.5 * out, n**-0.5 * up, down
+        self.qkv, self.out, self.up, self.down = map(Linear, weights, biases)
+        self.post, self.activation = config.norm == "post", config.activation
         self.norms = (Norm(n, layer=self.post), Norm(n, layer=self.post))
         self.heads = config.heads
 
     def queries(self, x: Float[Array, "tb n"]) -> Float[Array, "tb n"]:
         """What these positions ask of earlier ones."""
-        return self._read(x) @ self.qkv[: x.shape[-1]].T
+        return self.qkv(self._read(x), slice(x.shape[-1]))
 
     def keys_values(self, x: Float[Array, "tb n"]) -> Float[Array, "tb two_n"]:
         """What these positions offer to later ones."""
-        return self._read(x) @ self.qkv[x.shape[-1] :].T
+        return self.qkv(self._read(x), slice(x.shape[-1], None))
 
     def _read(self, x: Float[Array, "tb n"]) -> Float[Array, "tb n"]:
         return x if self.post else self.norms[0](x)
@@ -80,11 +100,15 @@ class Block(eqx.Module):
     ) -> Float[Array, "tb n"]:
         """The residual stream after this block, at the last t of s = `seen` positions."""
         first, second = self.norms
-        x = x + _attention(queries, keys, values, seen, self.heads) @ self.out.T
+        x = x + self.out(_attention(queries, keys, values, seen, self.heads))
         if self.post:
             x = first(x)
-            return second(x + jax.nn.relu(x @ self.up.T) @ self.down.T)
-        return x + jax.nn.relu(second(x) @ self.up.T) @ self.down.T
+            return second(x + self._fed_forward(x))
+        return x + self._fed_forward(second(x))
+
+    def _fed_forward(self, x: Float[Array, "tb n"]) -> Float[Array, "tb n"]:
+        active = {"relu": jax.nn.relu, "gelu": partial(jax.nn.gelu, approximate=False)}
+        return self.down(active[self.activation](self.up(x)))
 
 
 class Transformer(eqx.Module):
@@ -166,7 +190,7 @@ class OneHotMLP(eqx.Module):
 MODELS = {"transformer": Transformer, "mlp": OneHotMLP}
 
 
-def _uniform(key: PRNGKeyArray, shape: tuple[int, int], bound: float) -> Float[Array, "a b"]:
+def _uniform(key: PRNGKeyArray, shape: tuple[int, ...], bound: float) -> Float[Array, "..."]:
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
