@@ -8,7 +8,7 @@ import numpy as np
 
 from jlar_experiments.grokking import analysis, dip, intervention, plates, results
 from jlar_experiments.monitoring import redundancy
-from jlar_experiments.pretraining import beyond_loss
+from jlar_experiments.pretraining import beyond_loss, variants
 
 RESULTS = Path(beyond_loss.__file__).parents[1] / "results"
 PAGE = (RESULTS / "README.md").read_text(encoding="utf-8")
@@ -43,6 +43,11 @@ def test_the_table_of_what_lar_says_beyond_the_loss():
         partial = f"{row['r of D given the losses']} ({row['95% interval']})"
         cells = (f"{row['preset']}: {row['run']}", row["r of D"], row["r of losses"], partial)
         assert f"| {' | '.join(cells)} | {row['independent']} |" in PAGE
+
+
+def test_the_checks_of_appendix_d():
+    for cells in variants.checks()[1:]:
+        assert f"| {' | '.join(cells)} |" in PAGE
 
 
 def test_the_table_of_predicted_gaps():
