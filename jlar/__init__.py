@@ -27,7 +27,6 @@ from ._grams import Grams, grams
 from ._sharded import sharded
 from ._sites import sites
 from ._spectra import Spectra
-from ._update import update_alignment
 
 __version__ = "0.1.0"
 
@@ -49,7 +48,6 @@ __all__ = [
     "sharded",
     "sites",
     "spectra",
-    "update_alignment",
 ]
 
 

@@ -222,6 +222,9 @@ def lar(
     entry and for its squares over that. O(t (m + n) + m n) given Y. Differentiable in W, X and Y to
     any order, except at W = 0 or X = 0. To pool batches add their energies: never average LARs.
 
+    `lar(W - W0, X0)`, `lar(W0, X - X0)` and `lar(W - W0, X - X0)` are alpha, omega and u of Everett
+    et al., arXiv 2407.05872: how a change of W and X since W0 and X0 lines up with either.
+
     Returns:
         A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero or
         anything kept is not finite.

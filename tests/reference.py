@@ -67,20 +67,3 @@ def effective_rank(W) -> float:
 def stable_rank(W) -> float:
     W = as_float64(W)
     return float(np.linalg.norm(W, "fro") ** 2 / np.linalg.norm(W, 2) ** 2)
-
-
-def residual_noise(u: Float[np.ndarray, "k"], y: Float[np.ndarray, "k"]) -> tuple[float, float]:
-    """Noise of a series from its points' distances to the line between neighbours."""
-
-    def variance(lag):
-        r = []
-        for i in range(lag, len(u) - lag):
-            line = np.interp(u[i], [u[i - lag], u[i + lag]], [y[i - lag], y[i + lag]])
-            w = (u[i + lag] - u[i]) / (u[i + lag] - u[i - lag])
-            r.append(abs(y[i] - line) / np.sqrt(1 + w**2 + (1 - w) ** 2))
-        return (1.4826 * sorted(r)[len(r) // 2]) ** 2
-
-    near, far = variance(1), variance(4)
-    rho = 0.0 if near > far else min(0.9, 2 - np.sqrt(1 + 3 * near / far))
-    single = max(near, far)
-    return np.sqrt(single), np.sqrt(single * (1 + rho) / (1 - rho))

@@ -67,7 +67,6 @@ def statistics(W, X, Y, labels):
         "spectra": jlar.spectra(W, X, method="gram"),
         "alignment": jlar.alignment(W, X),
         "ranks": jlar.principal_dimension(X),
-        "update": jlar.update_alignment(W, 2 * W, X, X + 1),
         "loss": (loss, of_loss),
     }
 
@@ -296,7 +295,6 @@ def test_inside_shard_map(on_one_device):
             "energies": jlar.energies(W, X, mask=mask, axes=axes),
             "grams": jlar.grams(W, X, mask=mask, axes=axes),
             "spectra": jlar.spectra(W, X, method="gram", axes=axes),
-            "update": jlar.update_alignment(W, 2 * W, X, X + 1, axes=axes),
         }
 
     got = on_mesh(local, (P("model"), P("data"), P("data")))(W, X, labels)
