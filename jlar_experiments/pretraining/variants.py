@@ -14,6 +14,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,7 +127,7 @@ def checks() -> list[list[str]]:
 
 def _cell(values: tuple[float, ...], digits: int) -> str:
     mean, low, high = (f"{f(values):.{digits}f}" for f in (np.mean, min, max))
-    return f"{mean} ({low} to {high})".replace("0.", ".")
+    return re.sub(r"\b0\.", ".", f"{mean} ({low} to {high})")
 
 
 class Point(NamedTuple):
@@ -154,6 +155,15 @@ def points() -> list[Point]:
     return found
 
 
+def scale() -> list[list[str]]:
+    """The table of sizes: D and gap at the end, r with its interval."""
+    table = [["parameters", "text is repeated", "seed", "D", "gap", "r given the losses"]]
+    for size, repeats, seed, r, low, high, D, gap in points():
+        cells = f"{size / 1e6:.2g}M", f"{repeats} times", str(seed), f"{D:.3f}", f"{gap:.2f}"
+        table.append([*cells, f"{r:.2f} ({low:.2f} to {high:.2f})"])
+    return table
+
+
 def predicted(found: list[Point]) -> list[float]:
     """r at the paper's size by a line of its Fisher z in log parameters, and its 95% interval."""
     x, at = np.log10([point.parameters for point in found]), math.log10(LARGEST)
@@ -172,7 +182,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.train:
         train(arguments.train)
-    csv.writer(sys.stdout).writerows([Point._fields, *(map(str, p) for p in points())])
+    csv.writer(sys.stdout).writerows(scale())
     print("r at 3.2B parameters: {:.2f} ({:.2f} to {:.2f})".format(*predicted(points())))
     csv.writer(sys.stdout).writerows(checks())
 

@@ -4,8 +4,9 @@ import csv
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from jlar_experiments.pretraining import beyond_loss
+from jlar_experiments.pretraining import beyond_loss, variants
 
 
 def test_what_follows_from_the_losses_alone_is_taken_off():
@@ -26,3 +27,18 @@ def test_the_published_table_is_what_the_committed_logs_give():
     with beyond_loss.TABLE.open(encoding="utf-8") as file:
         published = list(csv.DictReader(file))
     assert len(published) == 16 and published == beyond_loss.table()
+
+
+def test_a_size_that_was_not_run_is_predicted_by_a_line():
+    """By a regression whose origin is that size: its intercept and the intercept's interval."""
+    rng = np.random.default_rng(0)
+    sizes = np.repeat([1e5, 1e6, 5e6], 4)
+    z = 0.3 + 0.1 * np.log10(sizes) + 0.1 * rng.standard_normal(12)
+    found = [
+        variants.Point(int(size), 10, 0, float(np.tanh(each)), 0, 0, 0, 0)
+        for size, each in zip(sizes, z, strict=True)
+    ]
+    fit = stats.linregress(np.log10(sizes / variants.LARGEST), z)
+    reach = stats.t.ppf(0.975, 10) * fit.intercept_stderr
+    ends = np.tanh(fit.intercept + np.array([0, -reach, reach]))
+    np.testing.assert_allclose(variants.predicted(found), ends, rtol=1e-9)
