@@ -69,6 +69,8 @@ def test_the_tables_of_section_4():
     for cells in results.table1(runs)[1:]:
         assert f"| {' | '.join(cells)} |" in PAGE
     for run in runs:
+        if run.config.seed:  # the second table is of seed 0
+            continue
         [line] = run.seeds.values()
         cells = [plates.label(run.config)]
         for row in map(line.at, analysis.POINTS):
