@@ -2,8 +2,8 @@
 
     python -m jlar_experiments.grokking.results FOLDER
 
-packs the logs of all runs in FOLDER into one file there, `runs.jsonl.gz`, which does for the
-folders of those runs in everything but the spectra.
+packs the logs of all runs in FOLDER into one file there, `runs.jsonl.gz`, which can stand in for
+the folders of those runs, except for their spectra and timings.
 """
 
 import csv

@@ -1,11 +1,12 @@
-"""Variants of `bytes-tiny`: larger models, and the checks of the paper's appendix D.
+"""Variants of `bytes-tiny`: widths 64, 160 and 384, and the checks of the paper's appendix D.
 
     python -m jlar_experiments.pretraining.variants [--train FOLDER]
 
 Without an option it prints both tables from the committed records. With one it trains the runs that
 are not in FOLDER yet, by `jlar paper pretraining`, and makes the records anew. Criteria, written
 before the runs: log/pretraining.md. D is the LAR of the run on all of the text (1.02M tokens once)
-less that of a run of the same seed that repeats a part of it; the gap is the latter's.
+less that of a run of the same seed that repeats a part of it; the gap, validation less training
+loss, is that of the run that repeats.
 """
 
 import argparse
@@ -97,8 +98,7 @@ class Said(NamedTuple):
     r: float  # of D and the gap
 
 
-def said(pair: analysis.Pair) -> Said:
-    """Of one pair."""
+def said(pair: analysis.Pair) -> Said:    """The numbers of one pair of a run and its baseline."""
     lar = analysis.smoothed(pair.run.lar, analysis.SMOOTHED)
     peak, base = int(np.argmax(lar)), pair.base.lar[pair.steps]
     return Said(
@@ -133,13 +133,12 @@ def _cell(values: tuple[float, ...], digits: int) -> str:
 class Point(NamedTuple):
     """The partial correlation of D and the gap of one run, given a cubic in the losses."""
 
-    parameters: int
-    repeats: int
+    parameters: int    repeats: int  # How often the text is seen
     seed: int
     r: float
     low: float
     high: float
-    D: float
+    D: float  # At the end, as the gap
     gap: float
 
 
