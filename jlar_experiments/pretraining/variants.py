@@ -98,7 +98,8 @@ class Said(NamedTuple):
     r: float  # of D and the gap
 
 
-def said(pair: analysis.Pair) -> Said:    """The numbers of one pair of a run and its baseline."""
+def said(pair: analysis.Pair) -> Said:
+    """The numbers of one pair of a run and its baseline."""
     lar = analysis.smoothed(pair.run.lar, analysis.SMOOTHED)
     peak, base = int(np.argmax(lar)), pair.base.lar[pair.steps]
     return Said(
@@ -133,7 +134,8 @@ def _cell(values: tuple[float, ...], digits: int) -> str:
 class Point(NamedTuple):
     """The partial correlation of D and the gap of one run, given a cubic in the losses."""
 
-    parameters: int    repeats: int  # How often the text is seen
+    parameters: int
+    repeats: int  # How often the text is seen
     seed: int
     r: float
     low: float
