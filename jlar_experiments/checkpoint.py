@@ -193,8 +193,8 @@ def digest(state: Any, step: int) -> int:
     modulo 2^32: the same on any mesh, and no collective carries more than one number.
     """
     leaves = enumerate(jax.tree.leaves(state), start=1)
-    digests = [_digest_of_leaf(leaf, number) for number, leaf in leaves]
-    return (step + sum(map(int, digests))) % 2**32
+    # One after the other: many collectives under way at once may wait for each other on CPUs.
+    return (step + sum(int(_digest_of_leaf(leaf, number)) for number, leaf in leaves)) % 2**32
 
 
 @jax.jit  # leaf by leaf: equal shapes compile once, in a third of the time of one program for all
