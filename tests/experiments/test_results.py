@@ -50,6 +50,12 @@ def test_the_checks_of_appendix_d():
         assert f"| {' | '.join(cells)} |" in PAGE
 
 
+def test_the_table_of_sizes():
+    for cells in variants.scale()[1:]:
+        assert f"| {' | '.join(cells)} |" in PAGE
+    assert "{:.2f} ({:.2f} to {:.2f}, 95%".format(*variants.predicted(variants.points())) in PAGE
+
+
 def test_the_table_of_predicted_gaps():
     found = redundancy.analysis(RESULTS / "redundancy")
     errors = found["configurations"]
