@@ -84,7 +84,11 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether every seed has trained as long as it should."""
-        return all(line.finished(self.config) for line in self.seeds.values())
+        return self.ended(self.config)
+
+    def ended(self, config: GrokConfig) -> bool:
+        """Whether every seed has trained as long as these settings ask for."""
+        return all(line.finished(config) for line in self.seeds.values())
 
 
 def read(folder: Path) -> Run:

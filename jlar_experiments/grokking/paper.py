@@ -66,7 +66,7 @@ def grokking(arguments: argparse.Namespace) -> int:
     folder.collection(arguments.out, STUDY, **records.environment())
     _train(paper, arguments.out, until, arguments.checkpoint_seconds)
     # A call whose time was up before its first log has nothing to draw.
-    if any(arguments.out.glob("*/metrics.jsonl")):
+    if any(any(arguments.out.glob(each)) for each in ("*/metrics.jsonl", "runs.jsonl.gz")):
         print(report.write(arguments.out))
     return 0
 
@@ -74,9 +74,14 @@ def grokking(arguments: argparse.Namespace) -> int:
 def _train(paper: PaperConfig, out: Path, until: float, checkpoint_seconds: float) -> None:
     """Every run that is not finished; one that is there and longer stays as long."""
     from ..progress import say
-    from . import ensemble, study
+    from . import ensemble, results, study
 
-    folders = [(each, out / folder_name(each)) for each in paper.runs()]
+    packed = results.packed(out)
+    folders = [
+        (each, out / name)
+        for each in paper.runs()
+        if not ((name := folder_name(each)) in packed and packed[name].ended(each))
+    ]
     planned = [(study.longest(each, folder), folder) for each, folder in folders]
     groups = list(_groups(planned))
     for number, group in enumerate(groups, start=1):

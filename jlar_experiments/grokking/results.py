@@ -76,18 +76,27 @@ def _verdict(runs: Sequence[Run]) -> str:
 
 
 def read(folder: Path) -> list[Run]:
-    """Every run in the folder that has a log; one that is only packed there has no spectra."""
-    found = []
-    if (folder / PACKED).exists():
-        with gzip.open(folder / PACKED, "rt", encoding="utf-8") as file:
-            found += [_unpacked(json.loads(line)) for line in file]
+    """Every run in the folder that has a log; one that is only packed there has no spectra.
+
+    One that is there both ways is that of its folder.
+    """
+    found = packed(folder)
     for each in sorted(folder.iterdir()):
         if (each / "metrics.jsonl").exists() and (each / "config.json").exists():
             run = analysis.read(each)
-            found += [run] if any(line.rows for line in run.seeds.values()) else []
-    # Those in folders of their own take the place of packed ones. Order: as the paper numbers its
-    # tasks, most pairs first.
-    return sorted({folder_name(run.config): run for run in found}.values(), key=_place)
+            if any(line.rows for line in run.seeds.values()):
+                found[folder_name(run.config)] = run
+    # As the paper numbers its tasks, most pairs first.
+    return sorted(found.values(), key=_place)
+
+
+def packed(folder: Path) -> dict[str, Run]:
+    """The runs that are packed in the folder, by the names of the folders that they had."""
+    if not (folder / PACKED).exists():
+        return {}
+    with gzip.open(folder / PACKED, "rt", encoding="utf-8") as file:
+        runs = [_unpacked(json.loads(line)) for line in file]
+    return {folder_name(run.config): run for run in runs}
 
 
 def pack(folder: Path) -> None:

@@ -100,6 +100,8 @@ def test_calls_add_up_and_an_interrupted_one_goes_on(tmp_path, monkeypatch, caps
         shutil.copy(out / name, packed)
     assert cli.main(["report", str(packed)]) == 0
     assert (packed / "logs.csv").read_text() == (out / "logs.csv").read_text()
+    assert cli.main(["paper", "grokking", "--out", str(packed), "--seeds=2"]) == 0
+    assert not list(packed.glob("*/metrics.jsonl"))  # what is packed is not trained again
     assert len(results.read(out)) == 2  # each run once, though it is there twice
     assert cli.main(["paper", "grokking", "--out", str(first.parent)]) == 2
     assert "is that of `jlar grok`; choose another" in capsys.readouterr().err

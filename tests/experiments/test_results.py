@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,29 @@ def test_the_table_of_pushing_lar():
             assert end[0] == f"{row['LAR at the end']:.2f}".lstrip("0")
             accuracies = (row[f"{each} accuracy at the end"] for each in ("validation", "training"))
             assert end[1:] == [f"{each:.0%}" for each in accuracies]
+
+
+def test_the_table_of_pushing_gently():
+    found = intervention.analysis(intervention.read(RESULTS / "intervention-gentle"))
+    names = {"none": "no term", "lar": "LAR", "norm": "weight norm", "rank": "stable rank"}
+    names["random"] = "random direction"
+    for arm, row in found.items():
+        term = arm.partition(",")[0]
+        name = names[term.rstrip("+-")] + {"+": " up", "-": " down"}.get(term[-1], "")
+        ratio = f"{row['median ratio']:.2f}" if math.isfinite(row["median ratio"]) else "-"
+        of_lar = f"{row['LAR at the end']:.2f}"
+        accuracies = (
+            f"{row[f'{each} accuracy at the end']:.0%}" for each in ("validation", "training")
+        )
+        cells = (
+            f"{row['reach 95%']} of 10",
+            ratio,
+            f"{row['sign test p']:.3f}",
+            of_lar,
+            *accuracies,
+        )
+        line = f"| c = .3: {name} | {' | '.join(cells)} |"
+        assert re.sub(r"(?<![0-9])0\.", ".", line) in PAGE.replace("**", "")
 
 
 def test_the_table_of_alarms():
