@@ -55,7 +55,7 @@ class GrokConfig:
         "RMSNorm before each sub-block and at the end; pre-no-final: the same without the last",
     ] = "post"
     activation: Annotated[
-        Activation, "of the feed-forward layers (the paper does not say; relu fits most tasks)"
+        Activation, "of the feed-forward layers (the paper does not say; relu fits its x+y best)"
     ] = "relu"
     biases: Annotated[bool, "of attention and feed-forward layers, as PyTorch starts them"] = False
     embedding_scale: Annotated[

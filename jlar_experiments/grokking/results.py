@@ -233,4 +233,6 @@ def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m jlar_experiments.grokking.results FOLDER")
+    if not (Path(sys.argv[1]).is_dir() and read(Path(sys.argv[1]))):
+        sys.exit(f"{sys.argv[1]} is no folder that holds runs of `jlar paper grokking`")
     pack(Path(sys.argv[1]))
