@@ -160,11 +160,11 @@ def pretrain(arguments: argparse.Namespace) -> int:
     preset = PRESETS[arguments.preset]
     config = _config(arguments, preset)
     from . import data as sequences
-    from . import study
+    from . import inputs
 
     with _joined(arguments):
         with _named_as_options():
-            tokens = study.tokens(config, arguments.data)
+            tokens = inputs.tokens(config, arguments.data)
         config = sequences.fitted(config, tokens, given=_given(arguments))
         folder = arguments.out or RUNS / arguments.preset / preset.name(config)
         root = None if arguments.out else folder.parent
@@ -251,16 +251,16 @@ def _trained(
 
     from .. import folder as folders
     from .. import hosts
-    from . import study
+    from . import inputs, study
 
     with contextlib.ExitStack() as stack:
         with hosts.together():
-            baseline = None if compared is None else study.baseline(compared)
+            baseline = None if compared is None else inputs.baseline(compared)
         with _named_as_options():
-            tokens = study.tokens(config, arguments.data)
+            tokens = inputs.tokens(config, arguments.data)
         with hosts.together():
             with _named_as_options():
-                study.check(config, tokens)
+                inputs.check(config, tokens)
             if root is not None and jax.process_index() == 0:
                 folders.collection(root, "pretrain", preset=arguments.preset)
             stack.enter_context(

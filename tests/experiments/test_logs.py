@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from jlar_experiments import logs
 from jlar_experiments.errors import Refusal
-from jlar_experiments.pretraining import study
+from jlar_experiments.pretraining import inputs
 
 STEPS = list(range(10, 210, 10))
 LARS = [round(0.7 - 0.001 * i, 4) for i in range(20)]
@@ -628,9 +628,9 @@ def test_a_baseline_is_read_by_the_same_reader(tmp_path):
     refused(lambda: logs.baseline([point]), "point.csv", "two or more different steps")
     (tmp_path / "run").mkdir()
     written(tmp_path / "run", path.read_bytes(), "metrics.jsonl")
-    assert study.baseline(tmp_path / "run").at_step(100) == baseline.at_step(100)
+    assert inputs.baseline(tmp_path / "run").at_step(100) == baseline.at_step(100)
     with pytest.raises(Refusal, match="nowhere"):
-        study.baseline(tmp_path / "nowhere")
+        inputs.baseline(tmp_path / "nowhere")
 
 
 PIECES = ["step", "lar", "loss", "_step", "value", "tag", "run", "seed", "epoch", "n", "k",

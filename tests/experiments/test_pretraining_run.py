@@ -19,7 +19,16 @@ from jlar_experiments import cli, logs
 from jlar_experiments.checkpoint import Checkpoints, Foreign
 from jlar_experiments.errors import Stopped, Trouble
 from jlar_experiments.monitoring import verdict
-from jlar_experiments.pretraining import corpus, data, report, sharding, study, texts, train
+from jlar_experiments.pretraining import (
+    corpus,
+    data,
+    inputs,
+    report,
+    sharding,
+    study,
+    texts,
+    train,
+)
 from jlar_experiments.pretraining.config import PretrainConfig
 
 SETTINGS = {
@@ -50,7 +59,7 @@ def config(text):
 
 @pytest.fixture(scope="module")
 def tokens(config, tmp_path_factory):
-    return study.tokens(config, tmp_path_factory.mktemp("data"))
+    return inputs.tokens(config, tmp_path_factory.mktemp("data"))
 
 
 def rows(folder: Path, name: str = "metrics.jsonl"):
