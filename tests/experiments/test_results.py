@@ -4,11 +4,20 @@ import csv
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from jlar_experiments.grokking import analysis, dip, intervention, plates, results
+from jlar_experiments.grokking import (
+    analysis,
+    beyond,
+    dating,
+    dip,
+    intervention,
+    plates,
+    results,
+)
 from jlar_experiments.monitoring import redundancy
 from jlar_experiments.pretraining import beyond_loss, variants
 
@@ -89,6 +98,78 @@ def test_the_tables_of_section_4():
         rings = [row["epoch"] for row in line.rows if "grokking" in row["alarms"]]
         cells += [f"{line.rows[-1]['val_acc']:.0%}", str(rings[0] if rings else "never")]
         assert f"| {' | '.join(cells)} |" in PAGE
+
+
+def table(name: str) -> list[list[str]]:
+    """A file of the small relative's tables, with its header."""
+    with (RESULTS / "relative" / f"{name}.csv").open(encoding="utf-8") as file:
+        return list(csv.reader(file))
+
+
+def test_the_tables_of_the_small_relative():
+    """Each file of the folder, to the digit, from the packed logs of its runs."""
+    runs = results.read(RESULTS / "relative")
+    tables = {name: rows for name, (_, _, rows) in beyond.tables(runs).items()}
+    for name, rows in {**tables, "runs": plates.runs_table(runs)}.items():
+        assert table(name) == rows
+
+
+def test_the_table_of_where_it_holds():
+    """A line is the range, over six set-ups, of the means that where.csv has of each."""
+    header, *rows = table("where")
+    groups = {"one-hot MLP, width 256": table("mlp")[1:]}
+    groups["the default (post, untied, scale 1, decay)"] = [r for r in rows if r[0] == "default"]
+    norms = {"pre-no-final": "pre, no final norm", "pre": "pre with a final norm"}
+    for row in rows:
+        words = row[0].split(", ")
+        name = f"{norms.get(words[0], 'post')}, {'tied' if 'tied' in words else 'untied'}"
+        groups.setdefault(name, []).append(row)
+    for name, own in groups.items():
+        cells = []
+        for column in ("LAR", "k", "k95", "k/k95", "spread of p", "spread of q"):
+            ends = (row[header.index(column)].split(" -> ") for row in own)
+            digits = {"LAR": 3, "k/k95": 2}.get(column, 0)
+            cells.append(" to ".join(span(values, digits) for values in zip(*ends, strict=True)))
+        assert f"| {name} | {' | '.join(cells)} |" in PAGE.replace("**", "")
+
+
+def span(values: Sequence[str], digits: int) -> str:
+    """The least and the greatest, or the one that there is."""
+    ends = (f(float(value) for value in values) for f in (min, max))
+    return "-".join(dict.fromkeys(f"{end:.{digits}f}".removeprefix("0") for end in ends))
+
+
+def test_what_is_said_of_where_it_holds():
+    own = [row for row in table("runs")[1:] if row[0].startswith("x+y mod 31, 60%")]
+    own = [row for row in own if not any(w in row[0] for w in ("weight decay", "labels", "mlp"))]
+    there = [row for row in own if float(row[-1]) > 0.95]
+    text = " ".join(PAGE.split())
+    assert f"In the {len(there)} of the {len(own)} runs that end above 95%" in text
+    kinds = (True, "of k95 with post-norm or a final norm"), (False, "of it without")
+    for final_norm, words in kinds:
+        chosen = [row for row in there if ("pre-no-final" not in row[0]) is final_norm]
+        ratios = [float(row[12]) / float(row[13]) for row in chosen]
+        low, high, middle = (f"{f(ratios):.2f}".removeprefix("0") for f in (min, max, np.median))
+        assert f"{low} to {high} {words} (median {middle}, n = {len(ratios)})" in text
+
+
+def test_how_often_grokking_rings_in_the_small_relative():
+    ratios, others, reaching = [], [], 0
+    for run in results.read(RESULTS / "relative"):
+        for line in run.seeds.values() if run.config.model == "transformer" else ():
+            epochs = [row["epoch"] for row in line.rows if "grokking" in row["alarms"]]
+            reached = dating.crossing(line, 0.95)
+            if reached is None:
+                others.append(bool(epochs))
+            else:
+                ratios += [epochs[0] / reached] if epochs else []
+                reaching += 1
+    low, high = (f"{f(ratios):.2f}".removeprefix("0") for f in (min, max))
+    before, median = sum(ratio < 1 for ratio in ratios), np.median(ratios)
+    text = " ".join(PAGE.split())
+    assert f"{len(ratios)} of the {reaching} runs that reach 95%" in text
+    assert f"{low} to {high} times the epoch of that (median {median:.2f}, {before} times" in text
+    assert f"in {sum(others)} of the {len(others)} that do not" in text
 
 
 def test_the_dips():
