@@ -137,11 +137,15 @@ def principal_dimension(
     keep = mask.astype(bool)
     X = check.zero_masked(jax.lax.stop_gradient(X.astype(acc)), keep)
     X, _ = check.unit(X, acc, Split())
-    mean = jnp.mean(X, tuple(range(len(tokens))), keepdims=True, where=keep[..., None])
-    centred = check.zero_masked(X - mean, keep)
+    centred = X
+    for _ in range(2):  # of the first mean a rounding error is left, which the second takes away
+        mean = jnp.mean(centred, tuple(range(len(tokens))), keepdims=True, where=keep[..., None])
+        centred = check.zero_masked(centred - mean, keep)
     covariance, missing = check.finite_part(gram(centred, acc, (), ()))
     variances = jnp.maximum(jnp.linalg.eigvalsh(covariance)[::-1], 0)
     variance = jnp.cumsum(variances) + missing
     # Compared at the last entry with itself, not with a separately rounded total.
     enough = jnp.argmax(variance >= jnp.asarray(fraction, acc) * variance[-1]) + 1
-    return jnp.where(variance[-1] > 0, enough.astype(acc), jnp.nan)
+    # The largest entry is near 1: a constant X has deviations below the square of its rounding.
+    rounding = X.size * (8 * float(jnp.finfo(acc).eps) ** 2) ** 2
+    return jnp.where(variance[-1] > rounding, enough.astype(acc), jnp.nan)

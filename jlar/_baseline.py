@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from ._checks import need
+from ._checks import need, real_array
 
 KNOTS = 256
 POOLED = 1 / 16  # doublings of steps: points closer than this are averaged
@@ -71,11 +71,11 @@ class Baseline(eqx.Module):
 
     def at_step(self, step: Float[ArrayLike, "*at"] | Int[ArrayLike, "*at"]) -> Expected:
         """LAR at a step, which is positive."""
-        return self._at(0, jnp.log2(jnp.asarray(step).astype(jnp.float32)))
+        return self._at(0, jnp.log2(real_array(step, "step").astype(jnp.float32)))
 
     def at_loss(self, loss: Float[ArrayLike, "*at"]) -> Expected:
         """LAR when the training loss was this; not known below the least that it ever was."""
-        return self._at(1, jnp.asarray(loss).astype(jnp.float32))
+        return self._at(1, real_array(loss, "loss").astype(jnp.float32))
 
     def _at(self, row: int, at: Float[Array, "*at"]) -> Expected:
         """Between the knots of row 0, log2 of steps, or of row 1, losses, along a line.

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from ._mesh import Axes, Split, as_split, check_varies, size, varying
@@ -25,6 +26,10 @@ def need(holds: bool, message: str) -> None:
 
 def real_array(a: ArrayLike, name: str) -> Array:
     """`a` as an array of real numbers."""
+    if isinstance(a, (int, np.integer, np.ndarray)):
+        a = np.asarray(a)
+        if a.dtype.kind in "iu" and a.dtype != jax.dtypes.canonicalize_dtype(a.dtype):
+            a = a.astype(float)  # JAX would wrap it to 32 bits without a word
     try:
         a = jnp.asarray(a)
     except TypeError:
@@ -114,13 +119,17 @@ def product(X: Array, W: Array, acc: jnp.dtype) -> Array:
     return jnp.matmul(X, W.T, precision=jax.lax.Precision.HIGHEST, preferred_element_type=acc)
 
 
-def unit(A: Array, acc: jnp.dtype, split: Split) -> tuple[Array, Int[Array, ""]]:
+def unit(
+    A: Array, acc: jnp.dtype, split: Split, *, given: bool = True
+) -> tuple[Array, Int[Array, ""]]:
     """A over a power of two, its largest entry between 1/2 and 1, and the exponent of that power.
 
     So no square overflows, and none that matters is flushed to zero; no mantissa changes. The
-    largest entry is that of all devices.
+    largest entry is that of all devices. Of an array that was `given` it is nan if even that is so
+    small, below some 1e-30, that others were flushed as they came.
     """
-    A = multiplied(A, acc)
+    # In float16 what is 2^-24 of the largest entry would be flushed.
+    A = A.astype(acc) if A.dtype == jnp.float16 else multiplied(A, acc)
     largest = jnp.max(jnp.abs(jax.lax.stop_gradient(A)), initial=0).astype(acc)
     axes = tuple(dict.fromkeys(sum(split, ())))
     # JAX 0.12 refuses a pmax over axes along some of which it is known to be the same. With
@@ -129,7 +138,10 @@ def unit(A: Array, acc: jnp.dtype, split: Split) -> tuple[Array, Int[Array, ""]]
     _, exponent = jnp.frexp(jax.lax.pmax(largest, axes) if axes else largest)
     limit = jnp.finfo(A.dtype).maxexp - 2  # so that the factor is neither infinite nor flushed
     exponent = jnp.clip(exponent, -limit, limit)
-    return A * jnp.ldexp(jnp.ones((), acc), -exponent).astype(A.dtype), exponent
+    factor = jnp.ldexp(jnp.ones((), acc), -exponent).astype(A.dtype)
+    if given:
+        factor = jnp.where(exponent < jnp.finfo(acc).nmant + 3 - limit, jnp.nan, factor)
+    return A * factor, exponent
 
 
 def finite_part(A: Float[Array, "*stack m n"]) -> tuple[Array, Float[Array, "*stack"]]:

@@ -103,7 +103,8 @@ class Energies(Pool):
 
         nan if W, X or mask is zero or not finite; and if one of the three sums is not between 1e-18
         and 3e38 (float32), where some squares may have been flushed to zero or the sum was infinite
-        (`jlar.lar` takes any size). -inf if Y is zero and W and X are not small.
+        (`jlar.lar` takes any size), or Y is float16 with a root mean square below 2e-6. -inf if Y
+        is zero, or so nearly that the overlap is below 1e-16, and W and X are not small.
         """
         y, x, w = self.y, self.x, self.w / self.calls
         overlap = jnp.log(y) - jnp.log(x) - jnp.log(w)
@@ -111,7 +112,8 @@ class Energies(Pool):
         # next to nothing where x * w is above 2^-30.
         zero = (y == 0) & (x * w > least_sum(y.dtype) ** 0.5)
         reliable = is_reliable(x) & is_reliable(w) & (is_reliable(y) | zero)
-        return log_ratio(jnp.where(reliable, overlap, jnp.nan), self.n)
+        # A factor, and not one of two values, so that the gradient is nan too.
+        return log_ratio(overlap * jnp.where(reliable, 1, jnp.nan), self.n)
 
     @property
     def effective_dimension(self) -> Float[Array, "*stack"]:
@@ -136,6 +138,20 @@ def least_sum(dtype: jnp.dtype) -> float:
 def is_reliable(square: Float[Array, "*stack"]) -> Bool[Array, "*stack"]:
     """Whether a sum of squares is neither so small nor so large that it may be wrong."""
     return (square > least_sum(square.dtype)) & jnp.isfinite(square)
+
+
+def unless_rounded(
+    y: Float[Array, "*stack"], Y: Array, x: Float[Array, "*stack"], exponent: ArrayLike = 0
+) -> Float[Array, "*stack"]:
+    """y, the sum of squares of Y over 2^exponent, or nan where the dtype of Y is too coarse for it.
+
+    Steps of float16 are 2^-24 or more: it is nan for a root mean square of Y below 2^-19, of inputs
+    whose sum of squares x is not 0.
+    """
+    if Y.dtype != jnp.float16:
+        return y
+    least = jnp.ldexp(jnp.ones((), y.dtype), -38 - 2 * jnp.asarray(exponent)) * Y.size
+    return jnp.where((y < least) & (x > 0), jnp.nan, y)
 
 
 def sums(W: Array, X: Array, y: Float[Array, ""], keep: Array | None, split: Split) -> Energies:
@@ -199,7 +215,9 @@ def energies(
     """
     W, X, keep, split = check.operands(W, X, mask, axes)
     acc = check.accumulator(W, X)
-    y = _of_output(lambda Y: energy(Y, acc), W, X, Y, keep, split)
+    y = _of_output(
+        lambda Y: unless_rounded(energy(Y, acc), Y, energy(X, acc)), W, X, Y, keep, split
+    )
     return sums(W, X, y, keep, split)
 
 
@@ -215,8 +233,9 @@ def lar(
 
     $LAR = \log_n ( \|XW^T\|_{RMS} / (\|W\|_{RMS} \|X\|_{RMS}) )$, RMS norms over all entries
     of the pooled batch: 1 if W has rank one and every input lies along it; 1/2 if the inputs ignore
-    the structure of W, as at initialisation; -inf if all inputs lie in the null space of W.
-    Trained layers are seen between 0.3 and 0.8. Equation (1) of arXiv 2605.28975.
+    the structure of W, as at initialisation; -inf if all inputs lie in the null space of W, or so
+    nearly that their overlap is below 1e-37. Trained layers are seen between 0.3 and 0.8. Equation
+    (1) of arXiv 2605.28975.
 
     The LAR of `jlar.energies`, but for W, X and Y of any size: each is read twice, for its largest
     entry and for its squares over that. O(t (m + n) + m n) given Y. Differentiable in W, X and Y to
@@ -226,8 +245,9 @@ def lar(
     et al., arXiv 2407.05872: how a change of W and X since W0 and X0 lines up with either.
 
     Returns:
-        A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero or
-        anything kept is not finite.
+        A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero, or
+        anything kept is not finite, or no entry of W, X or the Y given is above 1e-30 (of a float16
+        Y: if its root mean square is below 2e-6), where what was flushed to zero may count.
 
     Example:
         >>> import jax, jlar
@@ -239,12 +259,18 @@ def lar(
     acc = check.accumulator(W, X)
     (W, W_exponent), (X, X_exponent) = check.unit(W, acc, split), check.unit(X, acc, split)
 
-    def square(Y: Array) -> tuple[Array, Array]:
-        Y, exponent = check.unit(Y, acc, split)
-        return energy(Y, acc), exponent
+    def square(product: Array) -> tuple[Array, Array]:
+        scaled, exponent = check.unit(product, acc, split, given=Y is not None)
+        y, x = energy(scaled, acc), energy(X, acc)
+        if Y is not None:  # else the product is that of the W and X that have been scaled
+            y = unless_rounded(y, product, x, exponent)
+            of_product = W_exponent + X_exponent
+            # Of small W and X a product that is zero may have been flushed.
+            small = of_product < jnp.finfo(product.dtype).minexp + 28
+            y = jnp.where(small & (y == 0) & (x > 0), jnp.nan, y)
+            exponent -= of_product
+        return y, exponent
 
     y, exponent = _of_output(square, W, X, Y, keep, split)
-    if Y is not None:  # else Y is the product of the W and X that have been scaled
-        exponent -= W_exponent + X_exponent
     unit = sums(W, X, y, keep, split)
     return unit.lar + exponent.astype(acc) * (math.log(2) / math.log(unit.n))

@@ -21,7 +21,8 @@ class Grams(Pool):
 
     They pool as `Energies` do, and hold everything the spectra need. They are plain sums, of which
     k additions one by one lose up to k 2^-24 (float32): what is read from more than 2^16 calls is
-    nan, and so is what is read of a trace that is not between 1e-18 and 3e38.
+    nan, and so is what is read of a trace that is not between 1e-18 and 3e38. CPUs add the tokens
+    of one call one by one where n is below some 16: there pool calls of 2^16 tokens or fewer.
     """
 
     w: Float[Array, "*stack n n"]
@@ -41,10 +42,10 @@ class Grams(Pool):
     @property
     def energies(self) -> Energies:
         r"""The same calls as sums of squares: $\|XW^T\|^2 = \langle W^T W, X^T X \rangle$."""
-        calls = jnp.where(self.calls <= 2**16, self.calls, jnp.nan)
-        w = self.w / calls[..., None, None]
+        w = self.w / self.calls[..., None, None]
         squares = jnp.sum(w * self.x, axis=(-2, -1)), _trace(self.x), _trace(self.w)
-        return Energies.of(squares, self.sums, self.x.shape[-1])
+        exact = jnp.where(self.calls <= 2**16, 1, jnp.nan)
+        return Energies.of([exact * a for a in squares], self.sums, self.x.shape[-1])
 
     @property
     def lar(self) -> Float[Array, "*stack"]:

@@ -163,14 +163,15 @@ class Monitor(eqx.Module):
 
         Args:
             step: of the run, in any unit, at any distance; one that is not greater than all before,
-                as in a restart, changes nothing, nor does step 0.
-            lar: of the training data; one that is not finite changes nothing.
+                as in a restart, changes nothing, nor does step 0. Held as float32: two steps within
+                1e-7 of each other are one.
+            lar: of the training data; one that is not finite, or beyond 1e9, changes nothing.
             loss: of the training data, for `matched_loss` and `grokking`; 0 or less is none.
             baseline: what to compare with, for `deviation` and `matched_loss`.
         """
         given = {"step": step, "lar": lar, "loss": 0 if loss is None else loss}
         step, lar, loss = (_scalar(value, name) for name, value in given.items())
-        counts = jnp.isfinite(step) & jnp.isfinite(lar) & (step > self.step)
+        counts = jnp.isfinite(step) & (jnp.abs(lar) < 1e9) & (step > self.step)
         has_loss = jnp.isfinite(loss) & (loss > 0)
         loss = jnp.where(has_loss, loss, self.recent[1])
         # What does not count is replaced by something finite, and the result dropped below.

@@ -65,8 +65,17 @@ def counts(
     whole = pair(tokens * size(split.t), dtype)
     some = whole
     if keep is not None:
-        some = total(pair(jnp.sum(keep, dtype=jnp.int32), dtype), split.t, split)
+        some = total(_kept(keep, dtype), split.t, split)
     return jnp.stack([pair(1, dtype), some, whole])
+
+
+def _kept(keep: Bool[Array, "*t"], dtype: jnp.dtype) -> Float[Array, "2"]:
+    """How many are kept, by parts if they are more than an int32 can count."""
+    if keep.size < 2**31:
+        return pair(jnp.sum(keep, dtype=jnp.int32), dtype)
+    longest = max(range(keep.ndim), key=lambda axis: keep.shape[axis])
+    parts = jnp.array_split(keep, 2 + keep.size // 2**31, longest)
+    return sum_pairs(jnp.stack([_kept(part, dtype) for part in parts]), (0,))
 
 
 P = TypeVar("P", bound="Pool")  # typing.Self has no meaning to run-time checkers outside the class
@@ -91,9 +100,14 @@ class Pool(eqx.Module):
 
     @property
     def count(self) -> Int[Array, "*stack"]:
-        """Tokens kept by the mask: an int32, exact below 2^31 - 64, else -1 (int64 under x64)."""
+        """Tokens kept by the mask: an int32, exact below 2^31 - 64, else -1.
+
+        Under x64 an int64, exact below 2^48 of float32 statistics and below 2^63 of float64.
+        """
         high, low = jnp.moveaxis(jnp.asarray(self.sums)[..., -2, :], -1, 0)
-        limit = float(jnp.iinfo(high.astype(int).dtype).max)
+        # Two floats of 24 bits hold any whole number of 48; under x64 that is less than an int64.
+        bits = 2 * jnp.finfo(high.dtype).nmant + 2
+        limit = float(min(jnp.iinfo(high.astype(int).dtype).max, 2**bits))
         return jnp.where(high < limit, high.astype(int) + low.astype(int), -1)
 
     @property

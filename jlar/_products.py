@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from . import _checks as check
 from . import _mesh as mesh
-from ._energies import Energies, energies
+from ._energies import Energies, energies, unless_rounded
 from ._grams import grams
 from ._origin import Origin
 from ._pool import counts, pair
@@ -259,7 +259,8 @@ def statistics(
     W, X, Y, *sizes = jax.lax.stop_gradient(tuple(map(jnp.asarray, operands)))
     acc = check.accumulator(W, X, Y)
     if measure is energies:
-        squares = product.squares(keep, acc, W, X, Y, *sizes)
+        y, x, w = product.squares(keep, acc, W, X, Y, *sizes)
+        squares = unless_rounded(y, Y, x), x, w
         n = product.n * mesh.size(split.n)
         return Energies.of(squares, product.counts(keep, acc, *sizes), n)
 

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Int, Integer
 
@@ -97,6 +98,10 @@ def cross_entropy(
     chunk = max(n, 2**24 // V) if chunk is None else chunk
     _check_options(reduction, soft_cap, z_loss, chunk)
     _check_split(split, axes)
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        # What JAX would wrap to 32 bits stays outside the vocabulary.
+        held = jnp.iinfo(jax.dtypes.canonicalize_dtype(labels.dtype))
+        labels = np.clip(labels, held.min, held.max)
     labels = jnp.asarray(labels)
     check.need(
         jnp.issubdtype(labels.dtype, jnp.integer),
@@ -108,10 +113,12 @@ def cross_entropy(
     keep = labels != ignore
     if mask is not None:
         keep &= check.per_token(mask, "mask", tokens).astype(bool)
-    factors = jnp.ones(tokens, acc)
+    factors, exponent = jnp.ones(tokens, acc), None
     if weights is not None:
         factors = check.per_token(weights, "weights", tokens).astype(acc)
         keep &= factors != 0
+        # Small weights would flush the gradients of half-precision logits.
+        factors, exponent = check.unit(check.zero_masked(factors, keep), acc, split)
     X, factors, labels = (check.zero_masked(a, keep) for a in (X, factors, labels))
     divisor = jnp.sum(factors)
     # A label outside the vocabulary makes its token's loss nan; after the sum, so that the
@@ -140,6 +147,8 @@ def cross_entropy(
         loss = total(loss, split.t, split)
     if reduction == "mean":
         loss = loss / total(divisor, split.t, split)
+    elif exponent is not None:
+        loss *= jnp.ldexp(jnp.ones((), acc), exponent)
     return loss, jax.lax.stop_gradient(sums(W, X, y, keep, split))
 
 
@@ -184,15 +193,16 @@ def _token_losses(
     first = jax.lax.axis_index(rule.vocabulary) * Y.shape[1] if rule.vocabulary else 0
     # A sum and not a gather: it fuses with the other, and its gradient is not a scatter.
     is_label = labels[:, None] - first == jnp.arange(Y.shape[1])[None]
-    label_z = jnp.sum(jnp.where(is_label, z, 0), axis=-1)
-    log_sum = jax.nn.logsumexp(z, axis=-1)
-    if rule.vocabulary:
-        top = jax.lax.pmax(jax.lax.stop_gradient(log_sum), rule.vocabulary)
-        over_top, label_z = jax.lax.psum((jnp.exp(log_sum - top), label_z), rule.vocabulary)
-        log_sum = top + jnp.log(over_top)
-    loss = log_sum - label_z
+    # Both are counted from the largest, so that large logits do not round their difference.
+    top = jnp.max(jax.lax.stop_gradient(z), axis=-1)
+    top = jax.lax.pmax(top, rule.vocabulary) if rule.vocabulary else top
+    z -= jnp.where(jnp.isfinite(top), top, 0)[:, None]
+    each = jnp.sum(jnp.exp(z), axis=-1), jnp.sum(jnp.where(is_label, z, 0), axis=-1)
+    over_top, label_z = jax.lax.psum(each, rule.vocabulary) if rule.vocabulary else each
+    loss = jnp.log(over_top) - label_z
     if rule.z_loss:  # 0 times the square would be nan where the square is infinite
-        loss += rule.z_loss * jnp.square(log_sum)
+        log_sum = top + jnp.log(over_top)
+        loss += rule.z_loss * log_sum * log_sum
     return jnp.where(factors != 0, loss, 0)
 
 

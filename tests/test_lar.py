@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 import jlar
 import reference
 from cases import CASES, gaussian, subspace
+from jlar import _pool
 
 # Relative error of each dtype's rounding of the inputs, with a margin for the sums.
 TOLERANCE = {"float32": 2e-6, "float64": 1e-12, "bfloat16": 1e-2, "float16": 1e-3}
@@ -175,6 +176,78 @@ def test_lost_squares_are_not_made_up():
         assert abs(float(jlar.lar(W, scale * X)) - reference.lar(W, X)) < 1e-5
         pooled = float(jlar.energies(W, scale * X).lar)
         assert np.isnan(pooled) or abs(pooled - reference.lar(W, X)) < 1e-5
+
+
+def right_or_nan(found, wanted, atol=1e-5):
+    return np.isnan(float(found)) or abs(float(found) - wanted) < atol
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1e-1, 1e-2, 1e-3, 1e-4, 3e-5, 1e-7, 5e-20, 1e-20, 1e-25])
+def test_a_product_that_its_dtype_cannot_hold_is_nan(scale, dtype):
+    W, X = (jnp.asarray(scale * a, dtype) for a in gaussian(24, 16, 40))
+    if not (W.any() and X.any()):
+        pytest.skip("all zero")
+    wanted, Y = reference.lar(W, X), X @ W.T
+    tolerance = {"bfloat16": 2e-3, "float16": 1e-4}.get(dtype, 1e-5)
+    assert right_or_nan(jlar.lar(W, X), wanted)
+    found = [jlar.lar(W, X, Y=Y), jlar.energies(W, X, Y=Y).lar]
+    _, measured = jlar.capture(lambda w, X: X @ w["W"].T)({"W": W}, X)
+    for value in (*found, measured["W"].lar):
+        assert right_or_nan(value, wanted, tolerance)
+    if scale > 0.05:
+        assert not np.isnan(found).any()
+
+
+def test_a_product_of_zeros_is_believed_where_it_can_be():
+    W, X = jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]])
+    zero = jnp.zeros((1, 1))
+    assert jlar.lar(W, X, Y=zero) == jlar.energies(W, X, Y=zero).lar == -jnp.inf
+    assert jnp.isnan(jlar.lar(1e-20 * W, 1e-20 * X, Y=zero))
+    masked = jlar.energies(*(a.astype("float16") for a in (W, 0 * X)), Y=zero.astype("float16"))
+    whole = masked + jlar.energies(W, W, Y=W @ W.T)  # a device whose tokens are all masked
+    assert whole.lar == jlar.lar(W, W)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_one_large_entry_takes_nothing_from_the_others(dtype):
+    """Massive activations, in a direction that W does not read."""
+    W, X = gaussian(64, 64, 512)
+    W[:, 0], X[:, 1:], X[:, 0] = 0, 1e-3 * X[:, 1:], 3e4
+    W, X = (jnp.asarray(a, dtype) for a in (W, X))
+    np.testing.assert_allclose(jlar.lar(W, X), reference.lar(W, X), rtol=1e-5)
+
+
+def test_subnormal_entries_are_nan():
+    W, X = (jnp.asarray(a, jnp.float32) for a in gaussian(9, 8, 7))
+    for small in (1e-31, 1e-33, 1e-37, 1e-38):
+        assert right_or_nan(jlar.lar(np.float32(small) * W, X), reference.lar(W, X))
+        assert right_or_nan(jlar.alignment(W, np.float32(small) * X).lar, reference.lar(W, X))
+    assert jnp.isnan(jlar.lar(jnp.array([[2e-38, 1.1e-38]]), jnp.array([[0.0, 1.0]])))
+
+
+@pytest.mark.parametrize("statistic", [jlar.energies, jlar.grams])
+@pytest.mark.parametrize("scale", [1e-12, 1e-10, 1e-9, 1e10, 1e19])
+def test_the_gradient_of_a_nan_is_nan(statistic, scale):
+    W, X = (jnp.asarray(scale * a, jnp.float32) for a in gaussian(8, 8, 8))
+    value, slope = jax.value_and_grad(lambda W: statistic(W, X).lar)(W)
+    assert jnp.isnan(value) and jnp.isnan(slope).all()
+
+
+def test_integers_of_64_bits_are_not_wrapped(unchecked):
+    X = np.array([[1.0, 0.0]])
+    W = np.array([[3_100_000_000, 3_000_000_000]])
+    np.testing.assert_allclose(jlar.lar(W, X), reference.lar(W, X), rtol=1e-5)
+    np.testing.assert_allclose(jlar.lar(np.array([[2**32, 1]]), X), 1, rtol=1e-6)
+
+
+def test_a_mask_longer_than_an_int32():
+    """Traced in full, run in small parts: the sums of a mask of 3.1e9 tokens."""
+    long = jax.ShapeDtypeStruct((31, 100_000_000), bool)
+    parts = jax.make_jaxpr(lambda keep: _pool._kept(keep, jnp.dtype("float32")))(long).eqns
+    sums = [eqn for eqn in parts if eqn.primitive.name == "reduce_sum"]
+    sizes = [eqn.invars[0].aval.size for eqn in sums if eqn.outvars[0].aval.dtype == jnp.int32]
+    assert sum(sizes) == 3_100_000_000 and max(sizes) < 2**31
 
 
 def test_effective_dimension():

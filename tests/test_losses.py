@@ -357,6 +357,43 @@ def test_large_logits_do_not_overflow():
     assert jnp.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e7, 1e8, 1e30])
+def test_large_logits_do_not_round_their_difference(size):
+    W, X = jnp.array([[size, 0.0], [size, 0.0], [0.0, 0.0]]), jnp.array([[1.0, 0.0]])
+    loss, _ = cross_entropy(W, X, jnp.array([0]))
+    np.testing.assert_allclose(loss, np.log(2), rtol=1e-6)
+
+
+def test_a_small_z_loss_of_large_logits():
+    W, X = jnp.array([[1e20, 0.0], [0.0, 0.0]]), jnp.array([[1.0, 0.0]])
+    for weight in (1e-30, 1e-4):
+        loss, _ = cross_entropy(W, X, jnp.array([0]), z_loss=weight)
+        np.testing.assert_allclose(loss, weight * 1e40, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("scale", [1e-20, 1e-8, 1.0, 1e5, 1e36])
+def test_the_mean_does_not_depend_on_the_size_of_the_weights(scale, dtype):
+    W, X, labels, _ = data("divides", dtype)
+    weights = jnp.linspace(0.5, 2, 12)
+
+    def step(weights):
+        return jax.value_and_grad(lambda W: cross_entropy(W, X, labels, weights=weights)[0])(W)
+
+    # The gradient of each logit is rounded to float16.
+    tolerance = {"float32": {"rtol": 2e-5, "atol": 1e-7}, "float16": {"rtol": 1e-2, "atol": 3e-4}}
+    chex.assert_trees_all_close(step(scale * weights), step(weights), **tolerance[dtype])
+    if scale < 1e36:
+        total = cross_entropy(W, X, labels, weights=scale * weights, reduction="sum")[0]
+        losses, _ = cross_entropy(W, X, labels, weights=scale * weights, reduction="none")
+        np.testing.assert_allclose(total, losses.sum(), rtol=1e-5)
+
+
+def test_labels_of_64_bits_are_not_wrapped():
+    loss, _ = cross_entropy(jnp.eye(2), jnp.array([[1.0, 0.0]]), np.array([2**32]))
+    assert jnp.isnan(loss)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_under_every_transformation(reduction):
     W, X, labels, _ = data("V odd, batch of sequences")

@@ -164,6 +164,21 @@ def test_nan_changes_nothing():
     chex.assert_trees_all_equal(holed, plain)
 
 
+def test_values_that_are_no_lar_change_nothing():
+    monitor = watched(curve())
+    for lar in (3e38, -3e38, 1e20, -1e20):
+        chex.assert_trees_all_equal(monitor.update(20_000, lar), monitor)
+
+
+def test_steps_may_be_tokens_in_integers_of_64_bits():
+    for step in (3_100_000_000, np.int64(3_100_000_000), np.int64(2**32 + 7)):
+        assert Monitor.init().update(step, 0.6).step == np.float32(step)
+    steps = STEPS * 1e6
+    baseline = Baseline.from_runs([(steps, curve(), None)])
+    for step in (np.int64(3e9), np.int64(5e9)):
+        chex.assert_trees_all_equal(baseline.at_step(step), baseline.at_step(float(step)))
+
+
 def test_a_replay_changes_nothing_and_an_alarm_does_not_fire_twice():
     lar = curve(extra=0.012, noise=0.002)
     middle = watched(lar[:150], STEPS[:150])

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jlar
@@ -35,3 +36,16 @@ def test_nan_out():
         assert jnp.isnan(jlar.principal_dimension(X.at[0, 0].set(jnp.nan)))
         assert jnp.isnan(jlar.principal_dimension(jnp.ones((5, 3))))
         assert jnp.isnan(jlar.principal_dimension(X, mask=jnp.zeros(80)))
+
+
+@pytest.mark.parametrize("constant", [0.1, 1.0, 1000.1])
+def test_a_constant_has_no_principal_dimension(constant):
+    with jax.debug_nans(False):
+        assert jnp.isnan(jlar.principal_dimension(jnp.full((1000, 3), constant)))
+
+
+@pytest.mark.parametrize(("constant", "noise"), [(0.1, 1e-9), (100.1, 1e-6), (1000.1, 1e-5)])
+def test_a_constant_column_hides_no_small_variance(constant, noise):
+    X = np.random.default_rng(0).standard_normal((1000, 9)).astype(np.float32) * noise
+    X[:, 0] = constant
+    assert int(jlar.principal_dimension(X)) == reference.principal_dimension(X) == 8
