@@ -8,6 +8,7 @@ import platform
 import secrets
 import stat
 import subprocess
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -69,6 +70,18 @@ def write_packed(path: Path, rows: Iterable[Row]) -> None:
     """The same for the rows of a finished run, as compressed JSONL: equal rows, equal bytes."""
     with draft(path) as file:
         file.write(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
+
+
+def read_packed(path: Path) -> list[Row]:
+    """The rows of such a file; `Refusal`, which names it, if it is not whole."""
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode() if regular(path) else ""
+        rows = [json.loads(line) for line in lines.splitlines()]
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise Refusal(f"{path} is not whole ({type(error).__name__}: {error})") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise Refusal(f"{path} holds lines that are not records")
+    return rows
 
 
 def not_through_links(path: str, flags: int) -> int:
