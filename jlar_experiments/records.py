@@ -5,11 +5,12 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import stat
 import subprocess
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -44,6 +45,17 @@ def draft(path: Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             name.unlink()
         raise
+
+
+def is_draft(path: Path, names: Collection[str]) -> bool:
+    """Whether this is a draft that a killed process has left of a file with one of these names."""
+    found = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{16}}{re.escape(DRAFT)}", path.name)
+    return bool(found) and found[1] in names and is_own_file(path, (path.name,))
+
+
+def is_own_file(path: Path, names: Collection[str]) -> bool:
+    """Whether this is a file with one of these names, and no link."""
+    return path.name in names and path.is_file() and not path.is_symlink()
 
 
 def sync(folder: Path) -> None:

@@ -51,7 +51,7 @@ def report(folders: Sequence[Path]) -> page.Report:
     _write_csv(folder / "table1.csv", table)
     _write_csv(folder / "runs.csv", plates.runs_table(runs))
     _write_csv(folder / "logs.csv", logs_table(runs))
-    with page.figures(folder) as drafts:
+    with page.figures(folder, plates.FILES) as drafts:
         figures = plates.draw(runs, drafts)
     made.add(*(page.figure(folder / "figures" / f"{n}.svg", said) for n, said in figures.items()))
     for name, (title, caption, rows) in beyond.tables(runs).items():
@@ -250,7 +250,7 @@ def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
 
 
 def main(folder: Path) -> int:
-    """Pack the runs in the folder; an error is told in one line, and the result is the exit code."""
+    """Pack the runs in the folder; errors are told in one line, and the result is the exit code."""
     try:
         if not (folder.is_dir() and read(folder)):
             raise Refusal(f"{folder} is no folder that holds runs of `jlar paper grokking`")

@@ -6,16 +6,11 @@ their content, is held out; documents with the same content count once, so none 
 """
 
 import contextlib
-import fcntl
-import glob
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Integer
 
-from .. import records
+from .. import drafts, records
 from ..errors import Refusal
 from ..folder import unused
 from .texts import NAMES, Say, documents, files
@@ -31,9 +26,9 @@ from .texts import NAMES, Say, documents, files
 Tokenizer = Literal["bytes", "bpe"]
 HELD_OUT = 10  # one document in this many
 READ = 2**33  # bytes of a token file up to which its digest is checked before each run
-LOCK = "lock"
 END = "<|end|>"
 FILES = {"train": "train.bin", "validation": "validation.bin"}
+ALL_FILES = (*FILES.values(), "tokens.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -105,32 +100,18 @@ def prepare(
         raise Refusal(f"{out} exists and holds no token files; choose another folder")
     say(f"making token files of {corpus} in {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    _clean(out)
-    draft = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=records.DRAFT, dir=out.parent))
-    with (draft / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            made = _write(corpus, tokenizer, vocabulary, draft, say, field)
-            records.write_json(draft / "tokens.json", asdict(made))
-            (draft / LOCK).unlink()
-            draft.chmod(0o755)
-            if (out / "tokens.json").exists():
-                if sidecar(out).sha256 == made.sha256:  # touched, or another process was faster
-                    records.write_json(out / "tokens.json", asdict(made))
-                    return made
-                out.rename(unused(out.with_name(f"{out.name}.earlier")))
-            draft.rename(out)
-            return made
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _clean(out: Path) -> None:
-    """Remove the drafts of processes that were killed: those of others are locked."""
-    for draft in out.parent.glob(f"{glob.escape(out.name)}.*{records.DRAFT}"):
-        with suppress(OSError), (draft / LOCK).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(draft)
+    with drafts.folder(out.parent, f"{out.name}.", ALL_FILES) as draft:
+        made = _write(corpus, tokenizer, vocabulary, draft, say, field)
+        records.write_json(draft / "tokens.json", asdict(made))
+        draft.chmod(0o755)
+        if (out / "tokens.json").exists():
+            if sidecar(out).sha256 == made.sha256:  # touched, or another process was faster
+                records.write_json(out / "tokens.json", asdict(made))
+                return made
+            out.rename(unused(out.with_name(f"{out.name}.earlier")))
+        draft.rename(out)
+        (out / drafts.LOCK).unlink()
+    return made
 
 
 def _write(

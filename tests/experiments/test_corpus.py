@@ -1,6 +1,8 @@
 """Token files: what is no text is named, nothing is left behind, changed texts make new ones."""
 
+import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ import tracemalloc
 
 import pytest
 
-from jlar_experiments import cli
+from jlar_experiments import cli, drafts
 from jlar_experiments.pretraining import corpus, texts
 
 LINES = [f"this is line {i} of a text that is long enough\n" for i in range(40_000)]
@@ -74,6 +76,48 @@ def test_the_draft_of_a_killed_run_is_removed_by_the_next(text, tmp_path, capsys
     assert len(list(tmp_path.glob("out.*"))) == 1
     made(text, out, capsys)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "text.txt"]
+
+
+def test_only_drafts_of_jlars_own_are_removed(text, tmp_path, capsys):
+    """One of another process, of which there is no more than a locked file, is not."""
+    names = ("mine", "thesis00", "linked00", "living00", "lockless", "empty000", "killed00")
+    left = {name: tmp_path / f"out.{name}.draft" for name in names}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name, draft in left.items():
+        draft.symlink_to(elsewhere) if name == "linked00" else draft.mkdir()
+    for name in ("mine", "thesis00", "linked00", "living00", "killed00"):
+        (left[name] / "lock").touch()
+    for name in ("mine", "thesis00"):
+        (left[name] / "thesis.txt").write_text("precious")
+    for name in ("train.bin", "tokenizer.json", ".tokens.json.0123456789abcdef.draft"):
+        (left["killed00"] / name).touch()
+        (left["lockless"] / name).touch()
+    with (left["living00"] / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made(text, tmp_path / "out", capsys)
+    still = {name for name, draft in left.items() if draft.exists()}
+    assert still == {"mine", "thesis00", "linked00", "living00"}
+    assert (left["mine"] / "thesis.txt").read_text() == "precious"
+    assert (elsewhere / "lock").exists()
+    assert not (tmp_path / "out" / "lock").exists()
+
+
+def test_a_draft_that_is_removed_before_it_is_locked_is_made_anew(tmp_path, monkeypatch):
+    """By another process, which can only think that it was left."""
+    flock, calls = fcntl.flock, []
+
+    def removed(file, how):
+        [draft] = tmp_path.iterdir()
+        if not calls:
+            shutil.rmtree(draft)
+        calls.append(draft)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    with drafts.folder(tmp_path, "out.", ["x"]) as draft:
+        (draft / "x").write_text("x")
+    assert len(calls) == 2 and calls[1] == draft and not list(tmp_path.iterdir())
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):

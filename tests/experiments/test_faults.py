@@ -315,6 +315,32 @@ def test_a_full_disk_is_one_line(name, finished, tmp_path, monkeypatch, capsys):
     assert len(said) == 1 and said[0].startswith("jlar grok: error: ")
 
 
+DRAFT = ".metrics.jsonl.0123456789abcdef.draft"
+
+
+def test_only_drafts_of_jlars_own_are_removed(finished, tmp_path, capsys):
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    others = [".notes.draft", f".my{DRAFT}", DRAFT.replace("f", "F"), f"{DRAFT}.draft"]
+    for name in others:
+        (place / name).write_text("precious")
+    (place / ".x.draft").mkdir()
+    (place / DRAFT.replace("a", "b")).symlink_to(place / others[0])
+    before = contents(place)
+    (place / DRAFT).write_text("torn")
+    assert run("grok", *OPTIONS, f"--out={place}") == 0
+    assert set(contents(place)) == set(before)
+    assert all((place / name).read_text() == "precious" for name in others)
+    for number, name in enumerate((".novel.draft", "chapter.draft", f"x{DRAFT}")):
+        mine = tmp_path / str(number)
+        mine.mkdir()
+        (mine / name).write_text("precious")
+        (mine / DRAFT).write_text("torn")
+        before = contents(mine)
+        assert run("grok", *OPTIONS, f"--out={mine}") == 2
+        said = capsys.readouterr().err
+        assert "is not a run's folder" in said.splitlines()[-1] and contents(mine) == before
+
+
 def test_fresh_sets_aside(finished, tmp_path, capsys):
     place = Path(shutil.copytree(finished, tmp_path / "run"))
     before = contents(place)
@@ -358,7 +384,8 @@ def test_other_numbers_are_refused(finished, tmp_path, capsys):
     place = Path(shutil.copytree(finished, tmp_path / "run"))
     with jax.enable_x64(True):
         assert run("grok", *OPTIONS, f"--out={place}") == 2
-    assert "jax_enable_x64 False, not True" in capsys.readouterr().err
+    wanted = f"{place / folder.CONFIG} is of a run with numbers jax_enable_x64 False, not True"
+    assert wanted in capsys.readouterr().err
     with jax.default_prng_impl("rbg"):
         assert run("grok", *OPTIONS, f"--out={place}") == 2
     assert "jax_default_prng_impl threefry2x32, not rbg" in capsys.readouterr().err

@@ -302,6 +302,22 @@ def test_of_a_run_that_is_there_twice_the_longer_is_packed(runs, tmp_path):
     assert (tmp_path / f"earlier-{results.PACKED}").read_bytes() == before
 
 
+def test_what_a_killed_report_has_drawn_is_removed_by_the_next(runs, tmp_path):
+    packed_in(tmp_path, runs[0])
+    for name in ("tmpkilled_0.draft", "tmpothers_0.draft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "curves.svg").touch()
+    (tmp_path / "tmpothers_0.draft" / "cat.png").touch()
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert [each.name for each in tmp_path.glob("*.draft")] == ["tmpothers_0.draft"]
+    assert {each.name for each in (tmp_path / "figures").iterdir()} == {
+        "curves.png",
+        "curves.svg",
+        "dimensions.png",
+        "dimensions.svg",
+    }
+
+
 @pytest.mark.parametrize(
     "damage",
     [
