@@ -70,7 +70,8 @@ def sync(folder: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Put the text there at once: readers see the old file or the new one, never a part."""
     with draft(path) as file:
-        file.write(text.encode())
+        # Names may hold halves of characters, which have no encoding: they are shown escaped.
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, described: Row) -> None:

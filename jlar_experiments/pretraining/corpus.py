@@ -13,12 +13,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from jaxtyping import Integer
 
-from .. import drafts, records
+from .. import drafts, errors, records
 from ..errors import Refusal
 from ..folder import unused
 from .texts import NAMES, Say, documents, files
@@ -178,16 +178,32 @@ def sidecar(folder: Path) -> Sidecar:
     """The sidecar in this folder, checked against the files; `Refusal` where they differ."""
     path = folder / "tokens.json"
     try:
+        records.regular(path)
         stored = Sidecar(**json.loads(path.read_text(encoding="utf-8")))
-        width = np.dtype(stored.dtype).itemsize
-    except (OSError, ValueError, TypeError) as error:
-        raise Refusal(f"{path} does not describe token files ({type(error).__name__})") from None
+        _check(stored)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Refusal(f"{path} does not describe token files ({errors.line(error)})") from None
     for part, name in FILES.items():
-        file, expected = folder / name, stored.tokens[part] * width
-        size = file.stat().st_size if file.exists() else 0
+        file, expected = folder / name, stored.tokens[part] * np.dtype(stored.dtype).itemsize
+        size = file.stat().st_size if records.regular(file) else 0
         if size != expected:
             raise Refusal(f"{file} has {size} bytes, not {expected} as tokens.json says")
     return stored
+
+
+def _check(stored: Sidecar) -> None:
+    """ValueError, TypeError or KeyError if it is not what `prepare` may have written."""
+    for name, kind in get_type_hints(Sidecar).items():
+        value, of = getattr(stored, name), kind
+        values = [value]
+        if get_origin(kind) is dict:
+            values, of = [value[part] for part in FILES], get_args(kind)[1]
+        if any(type(each) is not of for each in values):
+            raise ValueError(f"{name} is of another type")
+    if stored.dtype not in ("<u2", "<u4") or stored.tokenizer not in get_args(Tokenizer):
+        raise ValueError("its dtype or tokenizer is none of this version's")
+    if not 0 <= stored.largest_id < stored.vocabulary <= 2**32:
+        raise ValueError("largest_id must be below vocabulary")
 
 
 def verify(folder: Path) -> None:

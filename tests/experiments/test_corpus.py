@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -139,3 +140,36 @@ def test_the_sidecar_counts_what_is_there(text, tmp_path, capsys):
     there = json.loads((out / "tokens.json").read_text())
     assert sum(there["tokens"].values()) == text.stat().st_size + sum(there["documents"].values())
     corpus.verify(out)
+
+
+@pytest.mark.parametrize("value", [None, "x", [], {}, True, -1, 10**30, {"train": "x"}, "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["vocabulary", "tokens", "documents", "largest_id", "sha256", "dtype", "tokenizer"]
+)
+def test_token_files_that_are_described_otherwise_are_one_line(name, value, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    stored = {"corpus": "x", "tokenizer": "bytes", "vocabulary": 256, "dtype": "<u2", "python": ""}
+    stored |= {name: {"train": 2, "validation": 2} for name in ("tokens", "documents")}
+    stored |= {"largest_id": 9, "source": "", "sha256": {"train": "a", "validation": "b"}}
+    for file in corpus.FILES.values():
+        (out / file).write_bytes(bytes(4))
+    (out / "tokens.json").write_text(json.dumps(stored))
+    assert corpus.sidecar(out).tokens["train"] == 2
+    (out / "tokens.json").write_text(json.dumps(stored | {name: value}))
+    data = ["data", str(tmp_path / "text.txt"), f"--out={out}"]
+    for command in (data, ["pretrain", f"--corpus={out}", f"--out={tmp_path / 'run'}"]):
+        assert cli.main(command) == 2
+        said = capsys.readouterr().err.strip()
+        assert "\n" not in said and str(out) in said
+
+
+@pytest.mark.parametrize("name", ["tokens.json", "train.bin"])
+def test_pipes_are_not_waited_for(name, text, tmp_path, capsys):
+    out = tmp_path / "out"
+    made(text, out, capsys)
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    for command in (["data", str(text), f"--out={out}"], ["pretrain", f"--corpus={out}"]):
+        assert cli.main(command) == 2
+        assert capsys.readouterr().err.endswith(f"{out / name} is not a file\n")
