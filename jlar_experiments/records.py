@@ -144,7 +144,7 @@ def _lines(path: Path) -> list[tuple[bytes, Row]]:
     lines = path.read_bytes().split(b"\n") if regular(path) else [b""]
     for number, text in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or torn
         try:
-            row = json.loads(text)
+            row = json.loads(text.decode())
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):

@@ -55,13 +55,13 @@ def folder(
         return Path(corpus)
     name = Path(corpus).name or "root"
     if corpus not in NAMES:
-        name += "-" + hashlib.sha256(_named(Path(corpus).resolve(), field).encode()).hexdigest()[:8]
+        name += "-" + hashlib.sha256(_named(Path(corpus).resolve(), field)).hexdigest()[:8]
     return root / (f"{name}-bytes" if tokenizer == "bytes" else f"{name}-bpe{vocabulary}")
 
 
-def _named(path: Path, field: str) -> str:
+def _named(path: Path, field: str) -> bytes:
     """The path, with the field where it is not the usual one."""
-    return str(path) if field == "text" else f"{path}\0{field}"
+    return os.fsencode(path if field == "text" else f"{path}\0{field}")
 
 
 def _source(corpus: str, field: str) -> str:

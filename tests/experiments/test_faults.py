@@ -126,6 +126,21 @@ def test_folders_of_somebody_else_are_not_deleted(two, tmp_path):
     assert len(list(place.glob("*/cat.jpg"))) == 5
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_no_folder_of_jlars_own_is_moved_aside(kind, two, tmp_path):
+    """A link to a whole checkpoint elsewhere, where orbax would stop; a pipe in place of a file."""
+    place = Path(shutil.copytree(two, tmp_path / "checkpoints"))
+    elsewhere = Path(shutil.copytree(two, tmp_path / "elsewhere"))
+    odd = place / "20" if kind == "link" else place / "20" / "_CHECKPOINT_METADATA"
+    replaced(odd, kind, elsewhere / "20")
+    before, said = contents(elsewhere), []
+    found = newest(place, said)
+    assert found is not None and found[0] == 10 and whole(found)
+    assert len(said) == 1 and "20 is damaged" in said[0]
+    saved(place, 30, 40, 50)
+    assert (place / "20.damaged").exists() and contents(elsewhere) == before
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -363,6 +378,11 @@ def test_fresh_sets_aside(finished, tmp_path, capsys):
         (lambda lines: [], "line 1: 0 is missing"),
         (lambda lines: [*lines[:3], b"garbage \xff", *lines[4:]], "line 4 is not a record"),
         (lambda lines: [*lines[:3], b"[1]", *lines[4:]], "line 4 is not a record"),
+        (lambda lines: [*lines[:3], b'{"\xed\xa0\x80": 1}', *lines[4:]], "line 4 is not a record"),
+        (
+            lambda lines: [*lines[:3], b'{"epoch": 5, "seed": 1}', *lines[4:]],
+            "row 4 is not of a run like this",
+        ),
         (
             lambda lines: [*lines[:3], b'{"epoch": "5"}', *lines[4:]],
             "line 4 is not a record of this run",
