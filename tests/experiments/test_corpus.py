@@ -49,6 +49,11 @@ def test_what_is_no_text_is_named_with_its_byte(bad, named, text, tmp_path, caps
     assert f"{folder / 'bad.txt'} ({named} {at})" in made(folder, tmp_path / "out", capsys).err
 
 
+def test_a_name_in_no_encoding_has_token_files_too(text):
+    named = text.rename(text.with_name("text\udcff.txt"))
+    assert corpus.folder(str(named), "bytes", 256, text.parent).name.startswith(named.name)
+
+
 def test_a_text_that_has_changed_makes_new_token_files_and_keeps_the_old(text, tmp_path, capsys):
     out = tmp_path / "out"
     assert "making" in made(text, out, capsys).err

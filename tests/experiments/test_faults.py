@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -443,8 +445,10 @@ def test_what_is_not_jlars_own_is_refused(name, kind, finished, tmp_path, capsys
     assert not list(elsewhere.iterdir()) if is_folder else elsewhere.read_text() == "precious"
 
 
-@pytest.mark.parametrize("value", [3, "x", ["x"], {"x": 1}, None])
-@pytest.mark.parametrize("name", ["study", "settings", "versions", "numbers", "continued_from"])
+@pytest.mark.parametrize("value", [3, "x", ["x"], {"x": 1}, None, "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["study", "settings", "versions", "numbers", "continued_from", "device"]
+)
 def test_a_config_of_other_types_is_at_most_one_line(name, value, finished, tmp_path, capsys):
     place = tmp_path / "run"
     shutil.copytree(finished, place)
@@ -454,6 +458,14 @@ def test_a_config_of_other_types_is_at_most_one_line(name, value, finished, tmp_
         code = run(*command)
         assert code in (0, 2)
         assert code == 0 or capsys.readouterr().err.count("\n") == 1
+
+
+def test_names_in_no_encoding_are_shown_escaped(finished, tmp_path):
+    place = shutil.copytree(finished, tmp_path / "run\udcff")
+    command = [sys.executable, "-m", "jlar_experiments.cli", "report", str(place)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and r"run\udcff/report.html" in done.stdout
 
 
 @given(
