@@ -111,7 +111,10 @@ def read(folder: Path) -> Run:
     path = folder / "metrics.jsonl"
     rows = records.read(path)
     fitted = records.read(folder / "alpha.jsonl")  # by benchmarks/alpha.py, where it was run
-    alphas = {(each["seed"], each["epoch"]): each["alpha"] for each in fitted}
+    try:
+        alphas = {(each["seed"], each["epoch"]): each["alpha"] for each in fitted}
+    except (KeyError, TypeError) as error:
+        raise Refusal(f"{folder / 'alpha.jsonl'} holds other rows ({errors.line(error)})") from error
     for row in rows if alphas else ():
         row["alpha"] = alphas.get((row["seed"], row["epoch"]))
     lines = timelines(config, rows, path)

