@@ -70,6 +70,8 @@ def timelines(config: GrokConfig, rows: Sequence[Row], path: Path) -> dict[int, 
     for number, row in enumerate(rows, start=1):
         try:
             lines[row["seed"]].add(row)
+            if type(row["epoch"]) is not int:
+                raise TypeError("its epoch is no whole number")
         except (KeyError, TypeError) as error:
             why = errors.line(error)
             raise Refusal(f"{path}, row {number} is not of a run like this ({why})") from error
@@ -110,14 +112,15 @@ def read(folder: Path) -> Run:
     stored, config = settings(folder, "grok", GrokConfig)
     path = folder / "metrics.jsonl"
     rows = records.read(path)
-    fitted = records.read(folder / "alpha.jsonl")  # by benchmarks/alpha.py, where it was run
+    lines = timelines(config, rows, path)
+    path = folder / "alpha.jsonl"  # by benchmarks/alpha.py, where it was run
+    fitted = records.read(path)
     try:
         alphas = {(each["seed"], each["epoch"]): each["alpha"] for each in fitted}
     except (KeyError, TypeError) as error:
-        raise Refusal(f"{folder / 'alpha.jsonl'} holds other rows ({errors.line(error)})") from error
+        raise Refusal(f"{path} holds other rows ({errors.line(error)})") from error
     for row in rows if alphas else ():
         row["alpha"] = alphas.get((row["seed"], row["epoch"]))
-    lines = timelines(config, rows, path)
     return Run(config, stored, lines, records.read(folder / "spectra.jsonl"))
 
 

@@ -331,6 +331,9 @@ def test_what_a_killed_report_has_drawn_is_removed_by_the_next(runs, tmp_path):
         lambda raw: gzip.compress(b'{"settings": {}, "rows": 3}\n'),
         lambda raw: gzip.compress(b'{"settings": {}, "rows": [3]}\n'),
         lambda raw: gzip.compress(b'{"settings": {}, "rows": [{"seed": 0, "epoch": 0}]}\n'),
+        lambda raw: gzip.compress(
+            b'{"settings": {}, "rows": [{"seed": 0, "train_acc": 0, "val_acc": 0}]}\n'
+        ),
         None,
     ],
 )
