@@ -87,7 +87,7 @@ def read(folder: Path) -> Row | None:
     if not records.regular(path):
         return None
     try:
-        stored = json.loads(path.read_bytes())
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         stored = None
     if not isinstance(stored, dict) or not isinstance(stored.get("study"), str):

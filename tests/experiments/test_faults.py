@@ -463,6 +463,16 @@ def test_a_config_of_other_types_is_at_most_one_line(name, value, finished, tmp_
         assert code == 0 or capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_config_in_no_encoding_is_refused(finished, tmp_path, capsys):
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    raw = (place / folder.CONFIG).read_bytes()
+    (place / folder.CONFIG).write_bytes(raw.replace(b'"machine": "', b'"machine": "\xed\xa0\x80'))
+    for extra in ([], ["--fresh"]):
+        assert run("grok", *OPTIONS, f"--out={place}", *extra) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{place / folder.CONFIG} is not that of a run" in said
+
+
 def test_names_in_no_encoding_are_shown_escaped(finished, tmp_path):
     place = shutil.copytree(finished, tmp_path / "run\udcff")
     command = [sys.executable, "-m", "jlar_experiments.cli", "report", str(place)]
