@@ -111,6 +111,10 @@ class Checkpoints:
     def _digested(self, step: int) -> int:
         """The digest that was saved with the state, if orbax can read what it reads of it."""
         path = self._folder.resolve() / str(step)
+        # Orbax deletes through no link, and would wait at a pipe without end.
+        odd = [each for each in path.rglob("*") if not (each.is_file() or each.is_dir())]
+        if odd or path.is_symlink():
+            raise ValueError(f"{next(iter(odd), path)} is no file or folder of its own")
         # Of an error of the machine orbax would tell as of a file that is not there.
         raw = (path / "_CHECKPOINT_METADATA").read_bytes()
         with _quietly():

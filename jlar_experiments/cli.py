@@ -1,5 +1,6 @@
 """The command `jlar`: each study registers its commands, and loads what it needs when called."""
 
+import io
 import os
 import signal
 import sys
@@ -64,6 +65,8 @@ def _told(line: str, error: BaseException) -> int:
 
 def command() -> int:
     """What the installed command runs: once all is done and told, it ignores Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of folders may be in no encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signals.interrupt)
     code = main()

@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from importlib import metadata
 
+from .options import printable
+
 LONGEST = 400  # characters of a line that tells an error
 
 # Of tensorstore and XLA, whose errors have no class of their own: the machine failed, not the file.
@@ -44,7 +46,7 @@ class Stopped(Told):
 
 def line(error: BaseException) -> str:
     """The error in one line, with its kind unless it is one of those that are written for users."""
-    words = " ".join(str(error).split())
+    words = printable(str(error))
     if not isinstance(error, Told | OSError):
         words = f"{type(error).__name__}: {words}"
     return words if len(words) <= LONGEST else words[: LONGEST - 3] + "..."

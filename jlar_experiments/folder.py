@@ -66,8 +66,9 @@ def opened(
                 _set_aside(folder)
             new = {"study": study, "settings": dataclasses.asdict(config), **described}
             records.write_json(folder / CONFIG, {**new, **records.environment()})
-        for each in folder.glob(f".*{records.DRAFT}"):  # of a process that was killed
-            each.unlink()
+        for each in folder.iterdir():
+            if records.is_draft(each, (CONFIG, *FILES)):
+                each.unlink()
         yield
 
 
@@ -86,7 +87,7 @@ def read(folder: Path) -> Row | None:
     if not records.regular(path):
         return None
     try:
-        stored = json.loads(path.read_bytes())
+        stored = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         stored = None
     if not isinstance(stored, dict) or not isinstance(stored.get("study"), str):
@@ -127,7 +128,8 @@ def _check(folder: Path, study: str) -> None:
         raise Refusal(f"{folder} is not a folder; choose another with --out")
     stored = read(folder)
     if stored is None:
-        own = (each.name == LOCK or each.suffix == records.DRAFT for each in folder.iterdir())
+        drafts = (CONFIG, *FILES)
+        own = (each.name == LOCK or records.is_draft(each, drafts) for each in folder.iterdir())
         if not all(own):
             raise Refusal(f"{folder} exists and is not a run's folder; choose another with --out")
     elif stored["study"] != study:
@@ -168,12 +170,14 @@ def _go_on(
     for name, value in described.items():
         known = stored.get(name)
         if isinstance(known, dict) and isinstance(value, dict):
-            different += _different(known, value)
+            different += [f"{name} {each}" for each in _different(known, value)]
         elif known != value:
             different.append(f"{name} {known}, not {value}")
     if different:
         listed = ", ".join(different)
-        raise Refusal(f"{folder} holds a run with {listed}; choose --fresh or another --out")
+        raise Refusal(
+            f"{folder / CONFIG} is of a run with {listed}; choose --fresh or another --out"
+        )
     for name in grown:
         say(f"{folder} had {name} {there[name]:,} and now has {here[name]:,}{longer[name]}")
     now = records.environment()

@@ -54,7 +54,9 @@ def lines(own: str) -> list[str]:
     if jax.process_count() == 1:
         return [own]
     width = 4 * errors.LONGEST
-    mine = np.frombuffer(own.encode()[:width].ljust(width, b"\0"), np.uint8)
+    mine = np.frombuffer(
+        own.encode(errors="backslashreplace")[:width].ljust(width, b"\0"), np.uint8
+    )
     found = multihost_utils.process_allgather(mine)
     return [bytes(each).rstrip(b"\0").decode(errors="replace") for each in found]
 

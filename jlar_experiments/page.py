@@ -2,15 +2,14 @@
 
 import base64
 import html
-import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import panels, records
+from . import drafts, panels, records
 from .errors import Refusal
 
 Table = Sequence[Sequence[str]]  # rows of cells, the header first
@@ -118,16 +117,17 @@ def is_report(path: Path) -> bool:
 
 
 @contextmanager
-def figures(folder: Path) -> Iterator[Path]:
-    """An empty folder for drawings; when the block ends, each takes its place in figures/."""
-    with tempfile.TemporaryDirectory(suffix=records.DRAFT, dir=folder) as drafts:
-        yield Path(drafts)
+def figures(folder: Path, names: Collection[str]) -> Iterator[Path]:
+    """A folder for drawings, files with these names, which then take their places in figures/."""
+    with drafts.folder(folder, "tmp", names) as draft:
+        yield draft
         place = folder / "figures"
         place.mkdir(exist_ok=True)
         if place.is_symlink():
             raise Refusal(f"{place} is a link; move it out of there")
-        for each in sorted(Path(drafts).iterdir()):
-            each.replace(place / each.name)
+        for name in names:
+            if (draft / name).exists():
+                (draft / name).replace(place / name)
 
 
 def heading(words: str) -> str:

@@ -5,10 +5,12 @@ import json
 import math
 import os
 import platform
+import re
 import secrets
 import stat
 import subprocess
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +47,17 @@ def draft(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def is_draft(path: Path, names: Collection[str]) -> bool:
+    """Whether this is a draft that a killed process has left of a file with one of these names."""
+    found = re.fullmatch(rf"\.(.+)\.[0-9a-f]{{16}}{re.escape(DRAFT)}", path.name)
+    return bool(found) and found[1] in names and is_own_file(path, (path.name,))
+
+
+def is_own_file(path: Path, names: Collection[str]) -> bool:
+    """Whether this is a file with one of these names, and no link."""
+    return path.name in names and path.is_file() and not path.is_symlink()
+
+
 def sync(folder: Path) -> None:
     """Put the names of the files in this folder on the disk."""
     number = os.open(folder, os.O_RDONLY)
@@ -57,7 +70,8 @@ def sync(folder: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Put the text there at once: readers see the old file or the new one, never a part."""
     with draft(path) as file:
-        file.write(text.encode())
+        # Names may hold halves of characters, which have no encoding: they are shown escaped.
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, described: Row) -> None:
@@ -69,6 +83,18 @@ def write_packed(path: Path, rows: Iterable[Row]) -> None:
     """The same for the rows of a finished run, as compressed JSONL: equal rows, equal bytes."""
     with draft(path) as file:
         file.write(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
+
+
+def read_packed(path: Path) -> list[Row]:
+    """The rows of such a file; `Refusal`, which names it, if it is not whole."""
+    try:
+        lines = gzip.decompress(path.read_bytes()).decode() if regular(path) else ""
+        rows = [json.loads(line) for line in lines.splitlines()]
+    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, RecursionError) as error:
+        raise Refusal(f"{path} is not whole ({type(error).__name__}: {error})") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise Refusal(f"{path} holds lines that are not records")
+    return rows
 
 
 def not_through_links(path: str, flags: int) -> int:
@@ -118,7 +144,7 @@ def _lines(path: Path) -> list[tuple[bytes, Row]]:
     lines = path.read_bytes().split(b"\n") if regular(path) else [b""]
     for number, text in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or torn
         try:
-            row = json.loads(text)
+            row = json.loads(text.decode())
         except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import records
+from .. import errors, records
 from ..ending import median
+from ..errors import Refusal
 from ..folder import settings
 from ..records import Row
 from .config import GrokConfig
@@ -59,11 +60,21 @@ class Timeline:
         return next((row for row in self.rows if row["epoch"] == epoch), None)
 
 
-def timelines(config: GrokConfig, rows: Sequence[Row]) -> dict[int, Timeline]:
-    """The records of every seed, in the order of the seeds."""
+def timelines(config: GrokConfig, rows: Sequence[Row], path: Path) -> dict[int, Timeline]:
+    """The records of every seed, in the order of the seeds.
+
+    Raises:
+        Refusal: a row is not one of this run; the message names the file that it is from.
+    """
     lines = {seed: Timeline(seed) for seed in config.all_seeds}
-    for row in rows:
-        lines[row["seed"]].add(row)
+    for number, row in enumerate(rows, start=1):
+        try:
+            lines[row["seed"]].add(row)
+            if type(row["epoch"]) is not int:
+                raise TypeError("its epoch is no whole number")
+        except (KeyError, TypeError) as error:
+            why = errors.line(error)
+            raise Refusal(f"{path}, row {number} is not of a run like this ({why})") from error
     return lines
 
 
@@ -75,6 +86,11 @@ class Run:
     environment: Row
     seeds: dict[int, Timeline]
     spectra: list[Row]
+
+    @property
+    def logs(self) -> int:
+        """How many there are, of all seeds together."""
+        return sum(len(line.rows) for line in self.seeds.values())
 
     @property
     def grokked(self) -> bool:
@@ -94,12 +110,17 @@ class Run:
 def read(folder: Path) -> Run:
     """The run in this folder."""
     stored, config = settings(folder, "grok", GrokConfig)
-    rows = records.read(folder / "metrics.jsonl")
-    fitted = records.read(folder / "alpha.jsonl")  # by benchmarks/alpha.py, where it was run
-    alphas = {(each["seed"], each["epoch"]): each["alpha"] for each in fitted}
+    path = folder / "metrics.jsonl"
+    rows = records.read(path)
+    lines = timelines(config, rows, path)
+    path = folder / "alpha.jsonl"  # by benchmarks/alpha.py, where it was run
+    fitted = records.read(path)
+    try:
+        alphas = {(each["seed"], each["epoch"]): each["alpha"] for each in fitted}
+    except (KeyError, TypeError) as error:
+        raise Refusal(f"{path} holds other rows ({errors.line(error)})") from error
     for row in rows if alphas else ():
         row["alpha"] = alphas.get((row["seed"], row["epoch"]))
-    lines = timelines(config, rows)
     return Run(config, stored, lines, records.read(folder / "spectra.jsonl"))
 
 

@@ -23,6 +23,8 @@ from .plan import SMALL_P, small
 Lines = list[Timeline]
 FREE = ("seed", "seeds", "epochs", "after_grok", "spectra_every", "log_every")
 PARTS = ("final_grokked", "final_not_grokked")
+FIGURES = ("curves", "spectra", "dimensions", "relative")
+FILES = tuple(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg"))
 
 
 def label(config: GrokConfig) -> str:

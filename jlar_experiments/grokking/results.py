@@ -8,7 +8,6 @@ the folders of those runs, except for their spectra and timings.
 
 import csv
 import dataclasses
-import gzip
 import io
 import json
 import sys
@@ -17,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import options, page
+from .. import errors, options, page
 from ..errors import Refusal
-from ..records import Row, write_packed, write_whole
+from ..folder import unused
+from ..progress import say
+from ..records import Row, draft, read_packed, write_packed, write_whole
 from . import analysis, beyond, plates
 from .analysis import REFERENCE, Run, Timeline
 from .config import GrokConfig
@@ -50,7 +51,7 @@ def report(folders: Sequence[Path]) -> page.Report:
     _write_csv(folder / "table1.csv", table)
     _write_csv(folder / "runs.csv", plates.runs_table(runs))
     _write_csv(folder / "logs.csv", logs_table(runs))
-    with page.figures(folder) as drafts:
+    with page.figures(folder, plates.FILES) as drafts:
         figures = plates.draw(runs, drafts)
     made.add(*(page.figure(folder / "figures" / f"{n}.svg", said) for n, said in figures.items()))
     for name, (title, caption, rows) in beyond.tables(runs).items():
@@ -78,40 +79,58 @@ def _verdict(runs: Sequence[Run]) -> str:
 def read(folder: Path) -> list[Run]:
     """Every run in the folder that has a log; one that is only packed there has no spectra.
 
-    One that is there both ways is that of its folder.
+    Of one that is there both ways, the one with more rows; of as many, that of its folder.
     """
     found = packed(folder)
     for each in sorted(folder.iterdir()):
         if (each / "metrics.jsonl").exists() and (each / "config.json").exists():
             run = analysis.read(each)
-            if any(line.rows for line in run.seeds.values()):
-                found[folder_name(run.config)] = run
+            name = folder_name(run.config)
+            if run.logs and run.logs >= (found[name].logs if name in found else 0):
+                found[name] = run
     # As the paper numbers its tasks, most pairs first.
     return sorted(found.values(), key=_place)
 
 
 def packed(folder: Path) -> dict[str, Run]:
     """The runs that are packed in the folder, by the names of the folders that they had."""
-    if not (folder / PACKED).exists():
-        return {}
-    with gzip.open(folder / PACKED, "rt", encoding="utf-8") as file:
-        runs = [_unpacked(json.loads(line)) for line in file]
+    runs = [_unpacked(row, folder / PACKED) for row in read_packed(folder / PACKED)]
     return {folder_name(run.config): run for run in runs}
 
 
 def pack(folder: Path) -> None:
-    """Put the logs of all runs in the folder into one file."""
-    packed = []
-    for run in read(folder):
-        lines = [row for line in run.seeds.values() for row in line.rows]
-        rows = [{k: v for k, v in row.items() if k not in TIMES} for row in lines]
-        packed.append({"settings": dataclasses.asdict(run.config), "rows": rows})
-    write_packed(folder / PACKED, packed)
+    """Put the logs of all runs in the folder into one file.
+
+    One that is there and holds other rows too is kept under another name.
+    """
+    path, runs = folder / PACKED, read(folder)
+    if _keys(packed(folder).values()) - _keys(runs):
+        aside = unused(folder / f"earlier-{PACKED}")
+        with draft(aside) as file:
+            file.write(path.read_bytes())
+        say(f"{path} held rows that are not in it any more; it is kept as {aside}")
+    write_packed(
+        path, [{"settings": dataclasses.asdict(run.config), "rows": _rows(run)} for run in runs]
+    )
 
 
-def _unpacked(stored: Row) -> Run:
-    config = options.stored(stored["settings"], GrokConfig)
-    return Run(config, {}, analysis.timelines(config, stored["rows"]), [])
+def _rows(run: Run) -> list[Row]:
+    """What is packed of a run."""
+    lines = [row for line in run.seeds.values() for row in line.rows]
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in lines]
+
+
+def _keys(runs: Iterable[Run]) -> set[str]:
+    """Every row of every run, as text with the name of its run."""
+    return {f"{folder_name(run.config)} {json.dumps(row)}" for run in runs for row in _rows(run)}
+
+
+def _unpacked(stored: Row, path: Path) -> Run:
+    try:
+        config = options.stored(stored["settings"], GrokConfig)
+        return Run(config, {}, analysis.timelines(config, stored["rows"], path), [])
+    except (KeyError, TypeError, ValueError) as error:
+        raise Refusal(f"{path} holds no runs of this version ({errors.line(error)})") from error
 
 
 def _place(run: Run) -> tuple[float, int, int]:
@@ -230,9 +249,19 @@ def _write_csv(path: Path, rows: Sequence[Sequence[str]]) -> None:
     write_whole(path, text.getvalue())
 
 
+def main(folder: Path) -> int:
+    """Pack the runs in the folder; errors are told in one line, and the result is the exit code."""
+    try:
+        if not (folder.is_dir() and read(folder)):
+            raise Refusal(f"{folder} is no folder that holds runs of `jlar paper grokking`")
+        pack(folder)
+    except (errors.Told, OSError) as error:
+        print(errors.line(error), file=sys.stderr)
+        return errors.code(error)
+    return 0
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m jlar_experiments.grokking.results FOLDER")
-    if not (Path(sys.argv[1]).is_dir() and read(Path(sys.argv[1]))):
-        sys.exit(f"{sys.argv[1]} is no folder that holds runs of `jlar paper grokking`")
-    pack(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))

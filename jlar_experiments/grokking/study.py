@@ -47,12 +47,12 @@ class Run:
 
     def resume(self, warn: Callable[[str], None]) -> None:
         """Take up the newest checkpoint and forget the records after it; or start anew."""
-        config = self.config
+        config, metrics = self.config, self.folder / "metrics.jsonl"
         like = jax.eval_shape(functools.partial(train.initial, config))
         try:
             found = self.checkpoints.newest(like, warn)
         except Foreign:
-            self.seeds = analysis.timelines(config, records.read(self.folder / "metrics.jsonl"))
+            self.seeds = analysis.timelines(config, records.read(metrics), metrics)
             self.started = self.finished()
             if not self.started:
                 raise
@@ -76,13 +76,13 @@ class Run:
             for seed, last in reached.items()
         }
         rows = records.keep(
-            self.folder / "metrics.jsonl",
+            metrics,
             still_holds,
             passed=passed,
             place=lambda row: (row["seed"], row["epoch"]),
             due=logged if self.started else {},
         )
-        self.seeds = analysis.timelines(config, rows)
+        self.seeds = analysis.timelines(config, rows, metrics)
         ended = {seed for seed, line in self.seeds.items() if line.finished(config)}
         records.keep(
             self.folder / "spectra.jsonl",

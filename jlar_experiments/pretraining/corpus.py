@@ -6,24 +6,19 @@ their content, is held out; documents with the same content count once, so none 
 """
 
 import contextlib
-import fcntl
-import glob
 import hashlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 from jaxtyping import Integer
 
-from .. import records
+from .. import drafts, errors, records
 from ..errors import Refusal
 from ..folder import unused
 from .texts import NAMES, Say, documents, files
@@ -31,9 +26,9 @@ from .texts import NAMES, Say, documents, files
 Tokenizer = Literal["bytes", "bpe"]
 HELD_OUT = 10  # one document in this many
 READ = 2**33  # bytes of a token file up to which its digest is checked before each run
-LOCK = "lock"
 END = "<|end|>"
 FILES = {"train": "train.bin", "validation": "validation.bin"}
+ALL_FILES = (*FILES.values(), "tokens.json", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -60,13 +55,13 @@ def folder(
         return Path(corpus)
     name = Path(corpus).name or "root"
     if corpus not in NAMES:
-        name += "-" + hashlib.sha256(_named(Path(corpus).resolve(), field).encode()).hexdigest()[:8]
+        name += "-" + hashlib.sha256(_named(Path(corpus).resolve(), field)).hexdigest()[:8]
     return root / (f"{name}-bytes" if tokenizer == "bytes" else f"{name}-bpe{vocabulary}")
 
 
-def _named(path: Path, field: str) -> str:
+def _named(path: Path, field: str) -> bytes:
     """The path, with the field where it is not the usual one."""
-    return str(path) if field == "text" else f"{path}\0{field}"
+    return os.fsencode(path if field == "text" else f"{path}\0{field}")
 
 
 def _source(corpus: str, field: str) -> str:
@@ -105,32 +100,18 @@ def prepare(
         raise Refusal(f"{out} exists and holds no token files; choose another folder")
     say(f"making token files of {corpus} in {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    _clean(out)
-    draft = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=records.DRAFT, dir=out.parent))
-    with (draft / LOCK).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            made = _write(corpus, tokenizer, vocabulary, draft, say, field)
-            records.write_json(draft / "tokens.json", asdict(made))
-            (draft / LOCK).unlink()
-            draft.chmod(0o755)
-            if (out / "tokens.json").exists():
-                if sidecar(out).sha256 == made.sha256:  # touched, or another process was faster
-                    records.write_json(out / "tokens.json", asdict(made))
-                    return made
-                out.rename(unused(out.with_name(f"{out.name}.earlier")))
-            draft.rename(out)
-            return made
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _clean(out: Path) -> None:
-    """Remove the drafts of processes that were killed: those of others are locked."""
-    for draft in out.parent.glob(f"{glob.escape(out.name)}.*{records.DRAFT}"):
-        with suppress(OSError), (draft / LOCK).open("r+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(draft)
+    with drafts.folder(out.parent, f"{out.name}.", ALL_FILES) as draft:
+        made = _write(corpus, tokenizer, vocabulary, draft, say, field)
+        records.write_json(draft / "tokens.json", asdict(made))
+        draft.chmod(0o755)
+        if (out / "tokens.json").exists():
+            if sidecar(out).sha256 == made.sha256:  # touched, or another process was faster
+                records.write_json(out / "tokens.json", asdict(made))
+                return made
+            out.rename(unused(out.with_name(f"{out.name}.earlier")))
+        draft.rename(out)
+        (out / drafts.LOCK).unlink()
+    return made
 
 
 def _write(
@@ -197,16 +178,32 @@ def sidecar(folder: Path) -> Sidecar:
     """The sidecar in this folder, checked against the files; `Refusal` where they differ."""
     path = folder / "tokens.json"
     try:
+        records.regular(path)
         stored = Sidecar(**json.loads(path.read_text(encoding="utf-8")))
-        width = np.dtype(stored.dtype).itemsize
-    except (OSError, ValueError, TypeError) as error:
-        raise Refusal(f"{path} does not describe token files ({type(error).__name__})") from None
+        _check(stored)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Refusal(f"{path} does not describe token files ({errors.line(error)})") from None
     for part, name in FILES.items():
-        file, expected = folder / name, stored.tokens[part] * width
-        size = file.stat().st_size if file.exists() else 0
+        file, expected = folder / name, stored.tokens[part] * np.dtype(stored.dtype).itemsize
+        size = file.stat().st_size if records.regular(file) else 0
         if size != expected:
             raise Refusal(f"{file} has {size} bytes, not {expected} as tokens.json says")
     return stored
+
+
+def _check(stored: Sidecar) -> None:
+    """ValueError, TypeError or KeyError if it is not what `prepare` may have written."""
+    for name, kind in get_type_hints(Sidecar).items():
+        value, of = getattr(stored, name), kind
+        values = [value]
+        if get_origin(kind) is dict:
+            values, of = [value[part] for part in FILES], get_args(kind)[1]
+        if any(type(each) is not of for each in values):
+            raise ValueError(f"{name} is of another type")
+    if stored.dtype not in ("<u2", "<u4") or stored.tokenizer not in get_args(Tokenizer):
+        raise ValueError("its dtype or tokenizer is none of this version's")
+    if not 0 <= stored.largest_id < stored.vocabulary <= 2**32:
+        raise ValueError("largest_id must be below vocabulary")
 
 
 def verify(folder: Path) -> None:

@@ -8,6 +8,8 @@ import os
 import random
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -124,6 +126,21 @@ def test_folders_of_somebody_else_are_not_deleted(two, tmp_path):
     assert found is not None and found[0] == 20
     saved(place, 30, 40)
     assert len(list(place.glob("*/cat.jpg"))) == 5
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_what_is_no_folder_of_jlars_own_is_moved_aside(kind, two, tmp_path):
+    """A link to a whole checkpoint elsewhere, where orbax would stop; a pipe in place of a file."""
+    place = Path(shutil.copytree(two, tmp_path / "checkpoints"))
+    elsewhere = Path(shutil.copytree(two, tmp_path / "elsewhere"))
+    odd = place / "20" if kind == "link" else place / "20" / "_CHECKPOINT_METADATA"
+    replaced(odd, kind, elsewhere / "20")
+    before, said = contents(elsewhere), []
+    found = newest(place, said)
+    assert found is not None and found[0] == 10 and whole(found)
+    assert len(said) == 1 and "20 is damaged" in said[0]
+    saved(place, 30, 40, 50)
+    assert (place / "20.damaged").exists() and contents(elsewhere) == before
 
 
 @pytest.mark.parametrize(
@@ -315,6 +332,32 @@ def test_a_full_disk_is_one_line(name, finished, tmp_path, monkeypatch, capsys):
     assert len(said) == 1 and said[0].startswith("jlar grok: error: ")
 
 
+DRAFT = ".metrics.jsonl.0123456789abcdef.draft"
+
+
+def test_only_drafts_of_jlars_own_are_removed(finished, tmp_path, capsys):
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    others = [".notes.draft", f".my{DRAFT}", DRAFT.replace("f", "F"), f"{DRAFT}.draft"]
+    for name in others:
+        (place / name).write_text("precious")
+    (place / ".x.draft").mkdir()
+    (place / DRAFT.replace("a", "b")).symlink_to(place / others[0])
+    before = contents(place)
+    (place / DRAFT).write_text("torn")
+    assert run("grok", *OPTIONS, f"--out={place}") == 0
+    assert set(contents(place)) == set(before)
+    assert all((place / name).read_text() == "precious" for name in others)
+    for number, name in enumerate((".novel.draft", "chapter.draft", f"x{DRAFT}")):
+        mine = tmp_path / str(number)
+        mine.mkdir()
+        (mine / name).write_text("precious")
+        (mine / DRAFT).write_text("torn")
+        before = contents(mine)
+        assert run("grok", *OPTIONS, f"--out={mine}") == 2
+        said = capsys.readouterr().err
+        assert "is not a run's folder" in said.splitlines()[-1] and contents(mine) == before
+
+
 def test_fresh_sets_aside(finished, tmp_path, capsys):
     place = Path(shutil.copytree(finished, tmp_path / "run"))
     before = contents(place)
@@ -338,6 +381,14 @@ def test_fresh_sets_aside(finished, tmp_path, capsys):
         (lambda lines: [*lines[:3], b"garbage \xff", *lines[4:]], "line 4 is not a record"),
         (lambda lines: [*lines[:3], b"[1]", *lines[4:]], "line 4 is not a record"),
         (
+            lambda lines: [*lines[:3], lines[3][:-1] + b', "\xed\xa0\x80": 1}', *lines[4:]],
+            "line 4 is",
+        ),
+        (
+            lambda lines: [*lines[:3], b'{"epoch": 5, "seed": 1}', *lines[4:]],
+            "row 4 is not of a run like this",
+        ),
+        (
             lambda lines: [*lines[:3], b'{"epoch": "5"}', *lines[4:]],
             "line 4 is not a record of this run",
         ),
@@ -358,7 +409,8 @@ def test_other_numbers_are_refused(finished, tmp_path, capsys):
     place = Path(shutil.copytree(finished, tmp_path / "run"))
     with jax.enable_x64(True):
         assert run("grok", *OPTIONS, f"--out={place}") == 2
-    assert "jax_enable_x64 False, not True" in capsys.readouterr().err
+    wanted = f"{place / folder.CONFIG} is of a run with numbers jax_enable_x64 False, not True"
+    assert wanted in capsys.readouterr().err
     with jax.default_prng_impl("rbg"):
         assert run("grok", *OPTIONS, f"--out={place}") == 2
     assert "jax_default_prng_impl threefry2x32, not rbg" in capsys.readouterr().err
@@ -396,8 +448,10 @@ def test_what_is_not_jlars_own_is_refused(name, kind, finished, tmp_path, capsys
     assert not list(elsewhere.iterdir()) if is_folder else elsewhere.read_text() == "precious"
 
 
-@pytest.mark.parametrize("value", [3, "x", ["x"], {"x": 1}, None])
-@pytest.mark.parametrize("name", ["study", "settings", "versions", "numbers", "continued_from"])
+@pytest.mark.parametrize("value", [3, "x", ["x"], {"x": 1}, None, "\ud800"])
+@pytest.mark.parametrize(
+    "name", ["study", "settings", "versions", "numbers", "continued_from", "device"]
+)
 def test_a_config_of_other_types_is_at_most_one_line(name, value, finished, tmp_path, capsys):
     place = tmp_path / "run"
     shutil.copytree(finished, place)
@@ -407,6 +461,24 @@ def test_a_config_of_other_types_is_at_most_one_line(name, value, finished, tmp_
         code = run(*command)
         assert code in (0, 2)
         assert code == 0 or capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_config_in_no_encoding_is_refused(finished, tmp_path, capsys):
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    raw = (place / folder.CONFIG).read_bytes()
+    (place / folder.CONFIG).write_bytes(raw.replace(b'"machine": "', b'"machine": "\xed\xa0\x80'))
+    for extra in ([], ["--fresh"]):
+        assert run("grok", *OPTIONS, f"--out={place}", *extra) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{place / folder.CONFIG} is not that of a run" in said
+
+
+def test_names_in_no_encoding_are_shown_escaped(finished, tmp_path):
+    place = shutil.copytree(finished, tmp_path / "run\udcff")
+    command = [sys.executable, "-m", "jlar_experiments.cli", "report", str(place)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and r"run\udcff/report.html" in done.stdout
 
 
 @given(

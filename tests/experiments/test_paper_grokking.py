@@ -3,7 +3,9 @@
 import contextlib
 import csv
 import dataclasses
+import gzip
 import json
+import os
 import shutil
 
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import jlar
-from jlar_experiments import cli
+from jlar_experiments import cli, records
 from jlar_experiments.grokking import (
     analysis,
     beyond,
@@ -272,3 +274,81 @@ def test_every_planned_run_has_a_folder_of_its_own():
     longer = plan.PaperConfig(tasks="3 x-y", epochs=7, seeds=2).runs()
     assert [each.task for each in longer] == ["x-y", "x/y"] * 2
     assert {each.epochs for each in longer} == {7}
+
+
+def packed_in(folder, run):
+    """Put the pack of this run alone into the folder, as the study would; returns the pack."""
+    records.write_json(folder / "config.json", {"study": "paper grokking"})
+    row = {"settings": dataclasses.asdict(run.config), "rows": run.seeds[run.config.seed].rows}
+    records.write_packed(folder / results.PACKED, [row])
+    return folder / results.PACKED
+
+
+def test_of_a_run_that_is_there_twice_the_longer_is_packed(runs, tmp_path):
+    path, run = packed_in(tmp_path, runs[0]), runs[0]
+    rows, metrics = run.seeds[0].rows, tmp_path / "run" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    described = {"study": "grok", "settings": dataclasses.asdict(run.config)}
+    records.write_json(metrics.parent / "config.json", described)
+    for count, kept in ((10, len(rows)), (len(rows), len(rows))):
+        records.append(metrics, rows[len(records.read(metrics)) : count])
+        results.pack(tmp_path)
+        [one] = results.packed(tmp_path).values()
+        assert one.logs == kept and not list(tmp_path.glob("earlier*"))
+    before = path.read_bytes()
+    metrics.write_text("")
+    records.append(metrics, [row | {"lar": 0.1} for row in rows])  # as many, but others
+    results.pack(tmp_path)
+    assert (tmp_path / f"earlier-{results.PACKED}").read_bytes() == before
+
+
+def test_what_a_killed_report_has_drawn_is_removed_by_the_next(runs, tmp_path):
+    packed_in(tmp_path, runs[0])
+    for name in ("tmpkilled_0.draft", "tmpothers_0.draft"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "curves.svg").touch()
+    (tmp_path / "tmpothers_0.draft" / "cat.png").touch()
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert [each.name for each in tmp_path.glob("*.draft")] == ["tmpothers_0.draft"]
+    assert {each.name for each in (tmp_path / "figures").iterdir()} == {
+        "curves.png",
+        "curves.svg",
+        "dimensions.png",
+        "dimensions.svg",
+    }
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-30],
+        lambda raw: raw[:40] + bytes([raw[40] ^ 255]) + raw[41:],
+        lambda raw: b"not gzip",
+        lambda raw: gzip.compress(b"[1]\n"),
+        lambda raw: gzip.compress(b"{}\n"),
+        lambda raw: gzip.compress(b'{"settings": {"p": "x"}, "rows": []}\n'),
+        lambda raw: gzip.compress(b'{"settings": {"colour": 3}, "rows": []}\n'),
+        lambda raw: gzip.compress(b'{"settings": {}, "rows": 3}\n'),
+        lambda raw: gzip.compress(b'{"settings": {}, "rows": [3]}\n'),
+        lambda raw: gzip.compress(b'{"settings": {}, "rows": [{"seed": 0, "epoch": 0}]}\n'),
+        lambda raw: gzip.compress(
+            b'{"settings": {}, "rows": [{"seed": 0, "train_acc": 0, "val_acc": 0}]}\n'
+        ),
+        None,
+    ],
+)
+def test_a_damaged_pack_is_one_line(damage, runs, tmp_path, capsys):
+    """None stands for a pipe, whose other end nobody has."""
+    path = packed_in(tmp_path, runs[0])
+    if damage:
+        path.write_bytes(damage(path.read_bytes()))
+    else:
+        path.unlink()
+        os.mkfifo(path)
+    for command in (["report", str(tmp_path)], ["paper", "grokking", f"--out={tmp_path}"]):
+        assert cli.main(command) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and str(path) in said
+    assert results.main(tmp_path) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(path) in said

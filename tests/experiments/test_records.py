@@ -99,3 +99,9 @@ def test_summary():
     assert median[:2] == ["median of last 5", "-"] and median[5] == "2"
     assert median[2] == f"{np.mean(last):.3f} ± {np.std(last, ddof=1):.3f}"
     assert final[1] == "30 ± 14" and final[-1] == "37"
+
+
+def test_what_has_no_encoding_is_written_escaped(tmp_path):
+    """Half a character, which JSON and the names of folders may hold."""
+    records.write_whole(tmp_path / "page", "\ud800 \udcff µ")
+    assert (tmp_path / "page").read_text(encoding="utf-8") == r"\ud800 \udcff µ"
