@@ -17,7 +17,7 @@ def heeded() -> Iterator[None]:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
-    sys.unraisablehook = _swallowed
+    sys.unraisablehook = _unraisable
     try:
         yield
     finally:
@@ -38,12 +38,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _swallowed(unraisable: Any) -> None:
-    """Python can raise nothing out of a finaliser or a callback: an interrupt comes again."""
-    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+def _unraisable(ignored: Any) -> None:
+    """Of an error that Python can raise nowhere: an interrupt comes again, of others nothing.
+
+    Threads of tensorstore have hundreds after one that is raised and told.
+    """
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
         _again()
-    else:
-        sys.__unraisablehook__(unraisable)
 
 
 def _again() -> None:
