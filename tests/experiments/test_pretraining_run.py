@@ -249,6 +249,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 def ended(code, folder, *options):
     """The exit code of a process that continues the run, and what it says beside its progress."""
     environment = {**os.environ, "PYTHONPATH": str(Path(study.__file__).parents[2])}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the limit would spoil what is in it
     words = [sys.executable, "-c", code, "pretrain", *OPTIONS, f"--out={folder}", *options]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
     usual = (f"{folder} had", f"{folder.name}: ", "compiling", "continuing from", "step ")
