@@ -192,6 +192,39 @@ def test_an_interrupt_is_neither_lost_nor_late(body, code, lines, tmp_path):
     assert lines == 0 or done.stderr.startswith("jlar: interrupted"), done
 
 
+# A tokenizer in training goes on after an interrupt, like the real ones, and sends one itself.
+DEAF = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import tokenizers
+from jlar_experiments import cli
+class Tokenizer:
+    def __init__(self, model):
+        pass
+    def train_from_iterator(self, *_):
+        for second in range(60):
+            try:
+                if second == 0:
+                    os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except KeyboardInterrupt:
+                pass
+tokenizers.Tokenizer = Tokenizer
+sys.exit(cli.command())
+"""
+
+
+def test_an_interrupt_does_not_wait_for_a_tokenizer(tmp_path):
+    (tmp_path / "text.txt").write_text("some words " * 9)
+    command = [sys.executable, "-c", DEAF, "data", "text.txt", "--tokenizer=bpe", "--out=made"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=40
+    )
+    assert done.returncode == 130 and done.stderr.count("\n") == 2, done
+    assert [each.name for each in tmp_path.iterdir()] == ["text.txt"]
+
+
 def test_names_differ_with_every_setting():
     names = {GrokConfig().name}
     other = {"task": "x/y", "norm": "pre", "heads": 8, "embedding_scale": 0.5, "log_every": 10}
