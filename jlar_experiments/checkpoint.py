@@ -1,11 +1,11 @@
 """Checkpoints of a run, the last two of them; the only file that knows orbax."""
 
-import gc
 import json
 import logging
-import sys
+import socket
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -20,8 +20,7 @@ from .errors import Refusal, Trouble
 from .folder import unused
 
 KEPT = 2
-# What they log of an error is hundreds of lines; the error itself is told in one.
-LOUD = [logging.getLogger(name) for name in ("absl", "asyncio", "orbax")]
+DESCRIPTORS = 12  # that an event loop takes at most
 
 
 class Foreign(Refusal):
@@ -34,6 +33,10 @@ class Checkpoints:
     def __init__(self, folder: Path):
         folder.mkdir(exist_ok=True)
         self._folder = folder
+        _hush()
+        with ExitStack() as stack:  # without free descriptors uvloop, orbax's loop, aborts
+            for _ in range(DESCRIPTORS):
+                stack.enter_context(socket.socket())
 
     @cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
@@ -117,19 +120,17 @@ class Checkpoints:
             raise ValueError(f"{next(iter(odd), path)} is no file or folder of its own")
         # Of an error of the machine orbax would tell as of a file that is not there.
         raw = (path / "_CHECKPOINT_METADATA").read_bytes()
-        with _quietly():
-            ocp.metadata(str(path))
+        ocp.metadata(str(path))
         return int(json.loads(raw)["custom_metadata"]["digest"])
 
     def _loaded(self, step: int, like: Any) -> Any:
         path = str(self._folder.resolve() / str(step))
-        with _quietly():
-            try:
-                return ocp.load(path, like)
-            except Exception as error:
-                if not errors.trouble(error):
-                    _check_own(path, like)
-                raise
+        try:
+            return ocp.load(path, like)
+        except Exception as error:
+            if not errors.trouble(error):
+                _check_own(path, like)
+            raise
 
     def wait(self) -> None:
         """Until everything is on the disk; raises `Trouble` as `save` does."""
@@ -146,8 +147,7 @@ class Checkpoints:
     @contextmanager
     def _unsaved(self) -> Iterator[None]:
         try:
-            with _quietly():
-                yield
+            yield
         except Exception as error:  # orbax does not say what a failed write may raise
             whole = sorted(map(int, self._numbered()))
             left = f"the last good one is {whole[-1]}" if whole else "there is no other"
@@ -225,22 +225,14 @@ def _deepest(error: BaseException) -> BaseException:
     return error
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what orbax and its threads log of an error that is raised here as well."""
-    levels, hook = [each.level for each in LOUD], sys.unraisablehook
-    for each in LOUD:
-        each.setLevel(logging.CRITICAL + 1)
-    sys.unraisablehook = lambda _: None
-    try:
-        yield
-    except Exception:
-        gc.collect()  # of tasks that nobody has waited for, which tell of it when they go
-        raise
-    finally:
-        sys.unraisablehook = hook
-        for each, level in zip(LOUD, levels, strict=True):
-            each.setLevel(level)
+def _hush() -> None:
+    """Let orbax log nothing: what is told here in one line takes it hundreds.
+
+    For good, since its threads and tasks go on after an error has been raised.
+    """
+    for name in ("absl", "asyncio", "orbax"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _shapes(state: Any) -> dict[str, tuple[tuple[int, ...], str]]:

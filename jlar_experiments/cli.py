@@ -67,10 +67,8 @@ def command() -> int:
     """What the installed command runs: once all is done and told, it ignores Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of folders may be in no encoding
         sys.stdout.reconfigure(errors="backslashreplace")
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signals.interrupt)
-    code = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with signals.heeded():
+        code = main()
     if code == 128 + signal.SIGINT:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,5 +1,6 @@
 """How a command ends before its time: the kinds of errors, each told in one line."""
 
+import os
 import re
 import signal
 from collections.abc import Iterator
@@ -69,10 +70,19 @@ def trouble(error: BaseException) -> Trouble | None:
     for each in _chain(error):
         if isinstance(each, Trouble):
             return each
+        each = _of_system(each)
         failed = isinstance(each, MemoryError | OSError) and not isinstance(each, _MISSING)
         if failed or any(name in str(each) for name in _TROUBLES):
             return Trouble(line(each))
     return None
+
+
+def _of_system(error: BaseException) -> BaseException:
+    """An error of tensorstore that names the code of the system's as what Python raises for it."""
+    if (code := re.search(r"os_error_code='(\d+)'", str(error))) is None:
+        return error
+    path = re.search(r'"(/[^"]*)"', str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1])), path and path[1])
 
 
 def missing(error: ModuleNotFoundError) -> str | None:

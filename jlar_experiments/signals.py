@@ -1,26 +1,55 @@
 """SIGINT and SIGTERM while a run trains: they stop it between two steps, so that it is saved."""
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _raised = [False]  # whether an interrupt has been raised, which some module may have swallowed
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """KeyboardInterrupt, but a tenth of a second later while a module is being imported.
+@contextmanager
+def heeded() -> Iterator[None]:
+    """Within the block a SIGINT interrupts, whatever runs; after it, a SIGINT is ignored."""
+    # What a shell starts in the background ignores SIGINT, and goes on doing so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.unraisablehook = _unraisable
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # at its end Python no longer handles SIGALRM
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """KeyboardInterrupt, but later while a module is being imported.
 
     Compiled modules swallow one that comes while they are imported, or crash.
     """
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            signal.signal(signal.SIGALRM, interrupt)
-            signal.setitimer(signal.ITIMER_REAL, 0.1)
-            return
+            return _again()
         frame = frame.f_back
     _raised[0] = True
     raise KeyboardInterrupt
+
+
+def _unraisable(ignored: Any) -> None:
+    """Of an error that Python can raise nowhere: an interrupt comes again, of others nothing.
+
+    Threads of tensorstore have hundreds after one that is raised and told.
+    """
+    if issubclass(ignored.exc_type, KeyboardInterrupt):
+        _again()
+
+
+def _again() -> None:
+    """Another SIGINT a moment later, for the handler that there is then."""
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
 
 
 @contextmanager

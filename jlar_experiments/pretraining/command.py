@@ -157,15 +157,20 @@ def data(arguments: argparse.Namespace) -> int:
 
 def pretrain(arguments: argparse.Namespace) -> int:
     """`jlar pretrain`: train, or continue, one run and report on all of its preset."""
-    preset = PRESETS[arguments.preset]
-    config = _config(arguments, preset)
-    from . import data as sequences
-    from . import inputs
+    from .. import hosts
 
+    preset = PRESETS[arguments.preset]
     with _joined(arguments):
+        # What a host refuses before it has joined, the others wait for.
+        with hosts.together(), _named_as_options():
+            from . import data as sequences
+            from . import inputs
+
+            config = _config(arguments, preset)
         with _named_as_options():
             tokens = inputs.tokens(config, arguments.data)
-        config = sequences.fitted(config, tokens, given=_given(arguments))
+        with hosts.together():
+            config = sequences.fitted(config, tokens, given=_given(arguments))
         folder = arguments.out or RUNS / arguments.preset / preset.name(config)
         root = None if arguments.out else folder.parent
         _trained(arguments, root, config, folder, arguments.baseline)
@@ -229,11 +234,7 @@ def _config(arguments: argparse.Namespace, preset: Preset) -> PretrainConfig:
         tensor = max(1, given.get("tensor", preset.run.tensor))
         given.setdefault("tokenizer", there.tokenizer)
         given.setdefault("vocabulary", -(-there.vocabulary // tensor) * tensor)
-    try:
-        return preset.config(**given)
-    except ValueError as error:
-        parser: Parser = arguments.parser
-        parser.error(options.as_options(str(error), list(_settings())))
+    return preset.config(**given)
 
 
 def _trained(

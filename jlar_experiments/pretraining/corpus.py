@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -168,7 +169,11 @@ def _encoder(
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
     training = (text.decode() for text in documents(corpus, field=field) if not held_out(text))
-    bpe.train_from_iterator(training, trainer)
+    # In a thread of its own, since tokenizers do not heed an interrupt, but waiting for them does.
+    thread = ThreadPoolExecutor(1)
+    trained = thread.submit(bpe.train_from_iterator, training, trainer)
+    thread.shutdown(wait=False)
+    trained.result()
     bpe.save(str(out / "tokenizer.json"))
     end = [bpe.token_to_id(END)]
     return lambda text: np.array(bpe.encode(text.decode()).ids + end), bpe.get_vocab_size()

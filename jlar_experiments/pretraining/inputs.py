@@ -34,15 +34,16 @@ def tokens(config: PretrainConfig, root: Path) -> Path:
     The first host makes them, and the others too where they have a disk of their own.
     """
     source = config.corpus, config.tokenizer, config.vocabulary
-    folder = corpus.folder(*source, root)
     with hosts.together():
+        folder = corpus.folder(*source, root)
         if jax.process_index() == 0:
             corpus.prepare(*source, folder, say)
     with hosts.together():
         if jax.process_index() > 0 and not (folder / "tokens.json").exists():
             corpus.prepare(*source, folder, say)
         corpus.verify(folder)
-    same = len(set(hosts.lines(str(corpus.sidecar(folder).sha256)))) == 1
+        digests = str(corpus.sidecar(folder).sha256)
+    same = len(set(hosts.lines(digests))) == 1
     with hosts.together():
         if not same:
             raise Refusal(f"the token files in {folder} are not the same on all hosts")

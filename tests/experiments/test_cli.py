@@ -154,6 +154,77 @@ def test_an_interrupt_saves_and_says_how_to_go_on(name, tmp_path):
     )
 
 
+# The command with `body` in place of its parser; a SIGINT comes where the body sends it.
+INTERRUPTED = """
+import atexit, os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from jlar_experiments import cli
+class Object:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+def body():
+    {}
+cli._parser = body
+atexit.register(time.sleep, 0.3)
+sys.exit(cli.command())
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "lines"),
+    [
+        ("import interrupting; time.sleep(9)", 130, 1),
+        ("import interrupting; sys.exit(2)", 2, 0),
+        ("atexit.register(os.kill, os.getpid(), signal.SIGINT); sys.exit(2)", 2, 0),
+        ("Object(); time.sleep(9)", 130, 1),
+    ],
+    ids=["import", "import, then the end", "the end", "finaliser"],
+)
+def test_an_interrupt_is_neither_lost_nor_late(body, code, lines, tmp_path):
+    """In an import it waits, out of a finaliser it comes again, and at the end it is ignored."""
+    module = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "interrupting.py").write_text(module)
+    paths = os.pathsep.join([str(Path(cli.__file__).parents[1]), str(tmp_path)])
+    command = [sys.executable, "-c", INTERRUPTED.format(body)]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.count("\n")) == (code, lines), done
+    assert lines == 0 or done.stderr.startswith("jlar: interrupted"), done
+
+
+# A tokenizer in training goes on after an interrupt, like the real ones, and sends one itself.
+DEAF = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import tokenizers
+from jlar_experiments import cli
+class Tokenizer:
+    def __init__(self, model):
+        pass
+    def train_from_iterator(self, *_):
+        for second in range(60):
+            try:
+                if second == 0:
+                    os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            except KeyboardInterrupt:
+                pass
+tokenizers.Tokenizer = Tokenizer
+sys.exit(cli.command())
+"""
+
+
+def test_an_interrupt_does_not_wait_for_a_tokenizer(tmp_path):
+    (tmp_path / "text.txt").write_text("some words " * 9)
+    command = [sys.executable, "-c", DEAF, "data", "text.txt", "--tokenizer=bpe", "--out=made"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=40
+    )
+    assert done.returncode == 130 and done.stderr.count("\n") == 2, done
+    assert [each.name for each in tmp_path.iterdir()] == ["text.txt"]
+
+
 def test_names_differ_with_every_setting():
     names = {GrokConfig().name}
     other = {"task": "x/y", "norm": "pre", "heads": 8, "embedding_scale": 0.5, "log_every": 10}

@@ -170,7 +170,7 @@ def test_too_few_open_files_touch_nothing(two):
     free = os.open(os.devnull, os.O_RDONLY)
     os.close(free)
     outcomes = set()
-    for more in range(20):
+    for more in range(0, 60, 3):
         resource.setrlimit(resource.RLIMIT_NOFILE, (free + more, hard))
         try:
             found = newest(two)
@@ -264,6 +264,24 @@ def run(*arguments):
         return cli.main([str(each) for each in arguments])
     except SystemExit as stop:
         return stop.code
+
+
+@pytest.mark.parametrize("limit", [8, 20])
+def test_too_few_open_files_are_one_line(limit, finished, tmp_path):
+    """At the start, and at a checkpoint; with none to spare uvloop would abort the process."""
+    place = Path(shutil.copytree(finished, tmp_path / "run"))
+    program = f"""
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))
+from jlar_experiments import cli
+sys.exit(cli.command())
+"""
+    words = [sys.executable, "-c", program, "grok", *OPTIONS, "--epochs=40", f"--out={place}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    usual = (f"{place} had", "compiling", "continuing from", "epoch ")
+    said = [line for line in done.stderr.splitlines() if not line.startswith(usual)]
+    assert done.returncode == 1 and len(said) == 1 and "Too many open files" in said[0], done
 
 
 def test_faults_while_a_folder_is_opened_lose_nothing(finished, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jlar_experiments.pretraining import study
+from jlar_experiments.pretraining import corpus, study
 
 OPTIONS = [
     "--width=16", "--layers=1", "--heads=2", "--hidden=16", "--length=8", "--batch=8", "--steps=6",
@@ -44,8 +45,8 @@ def root(tmp_path_factory):
     return folder
 
 
-def started(root, out, processes, *options):
-    """All processes of one run."""
+def started(root, out, processes, *options, own=((), ())):
+    """All processes of one run, each with options of its own."""
     command = [sys.executable, "-c", PROGRAM, "pretrain", *OPTIONS, *options]
     command += [f"--corpus={root / 'text'}", f"--data={root / 'data'}", f"--out={out}"]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
@@ -53,7 +54,9 @@ def started(root, out, processes, *options):
     environment["PYTHONPATH"] = str(Path(study.__file__).parents[2])
     environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={2 // processes}"
     port = free_port()
-    others = [[f"--distributed=localhost:{port},{processes},{i}"] for i in range(processes)]
+    others = [
+        [f"--distributed=localhost:{port},{processes},{i}", *own[i]] for i in range(processes)
+    ]
     return [
         subprocess.Popen(
             [*command, *(each if processes > 1 else [])],
@@ -100,6 +103,17 @@ def test_what_one_host_refuses_ends_both_with_the_same_line(root, tmp_path):
     assert codes == [2, 2] and last[0] == last[1], said
     assert last[0].startswith("jlar pretrain: error: ") and "is not a run's folder" in last[0]
     assert "Traceback" not in "".join(said)
+
+
+def test_token_files_that_one_host_refuses_end_both_with_the_same_line(root, tmp_path):
+    """They are read for the settings, which is before anything else."""
+    corpus.prepare(str(root / "text"), "bytes", 256, tmp_path / "0", print)
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
+    (tmp_path / "1" / "train.bin").write_bytes(b"short")
+    own = [[f"--corpus={tmp_path / name}"] for name in ("0", "1")]
+    codes, said = ended(started(root, tmp_path / "run", 2, own=own))
+    last = [each.splitlines()[-1] for each in said]
+    assert codes == [2, 2] and last[0] == last[1] and "train.bin has 5 bytes" in last[0], said
 
 
 def training(root, out):

@@ -237,36 +237,46 @@ def test_restores_onto_another_mesh(whole, config, tokens):
         np.testing.assert_array_equal(one, two)
 
 
-def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(tmp_path):
-    """A limit on the size of files stands for a full disk."""
-    code = """
-import resource, signal, sys
-import jax.numpy as jnp
-from pathlib import Path
-from jlar_experiments.checkpoint import Checkpoints
-from jlar_experiments.errors import Trouble
+COMMAND = "import sys; from jlar_experiments import cli; sys.exit(cli.command())"
+LIMITED = f"""
+import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-checkpoints = Checkpoints(Path(sys.argv[1]))
-checkpoints.save(1, {"a": jnp.arange(5.0)})
-checkpoints._checkpointer.wait()
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-import numpy as np
-big = jnp.asarray(np.random.default_rng(0).standard_normal(1_000_000), jnp.float32)
-try:
-    checkpoints.save(2, {"a": big})
-    checkpoints.close()
-except Trouble as error:
-    print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+{COMMAND}
 """
+
+
+def ended(code, folder, *options):
+    """The exit code of a process that continues the run, and what it says beside its progress."""
     environment = {**os.environ, "PYTHONPATH": str(Path(study.__file__).parents[2])}
-    command = [sys.executable, "-c", code, str(tmp_path / "checkpoints")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    said = done.stdout.strip()
-    assert "could not be written" in said and said.endswith("the last good one is 1"), done
-    checkpoints = Checkpoints(tmp_path / "checkpoints")
-    found = checkpoints.newest({"a": jax.ShapeDtypeStruct((5,), "f4")}, pytest.fail)
-    checkpoints.close()
-    assert found is not None and found[0] == 1 and found[1]["a"].tolist() == [0, 1, 2, 3, 4]
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # the limit would spoil what is in it
+    words = [sys.executable, "-c", code, "pretrain", *OPTIONS, f"--out={folder}", *options]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    usual = (f"{folder} had", f"{folder.name}: ", "compiling", "continuing from", "step ")
+    return done.returncode, [x for x in done.stderr.splitlines() if not x.startswith(usual)]
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_checkpoint(
+    whole, text, config, tokens, tmp_path
+):
+    """A limit on the size of files stands for a full disk; it is hit while training goes on."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    options = [f"--corpus={text}", f"--data={tokens.parent}", "--steps=60"]
+    code, said = ended(LIMITED, folder, *options)
+    assert code == 1 and len(said) == 1 and said[0].startswith("jlar pretrain: error: "), said
+    assert "could not be written" in said[0] and "File too large" in said[0]
+    assert said[0].endswith("the last good one is 30")
+    assert start(dataclasses.replace(config, steps=60), folder, tokens)
+
+
+def test_a_damaged_checkpoint_is_one_line(whole, text, tokens, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    [file] = (folder / "checkpoints" / "30" / "state" / "d").iterdir()
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 8
+    file.write_bytes(raw)
+    code, said = ended(COMMAND, folder, f"--corpus={text}", f"--data={tokens.parent}")
+    assert code == 0 and len(said) == 1 and "checkpoint 30 is damaged" in said[0], said
 
 
 def test_subsets_are_nested_and_validation_is_apart(config, tokens):
