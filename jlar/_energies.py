@@ -215,9 +215,9 @@ def energies(
     """
     W, X, keep, split = check.operands(W, X, mask, axes)
     acc = check.accumulator(W, X)
-    y = _of_output(
-        lambda Y: unless_rounded(energy(Y, acc), Y, energy(X, acc)), W, X, Y, keep, split
-    )
+    y = _of_output(lambda Y: energy(Y, acc), W, X, Y, keep, split)
+    if Y is not None:
+        y = unless_rounded(y, jnp.asarray(Y), energy(X, acc))
     return sums(W, X, y, keep, split)
 
 
@@ -261,16 +261,15 @@ def lar(
 
     def square(product: Array) -> tuple[Array, Array]:
         scaled, exponent = check.unit(product, acc, split, given=Y is not None)
-        y, x = energy(scaled, acc), energy(X, acc)
-        if Y is not None:  # else the product is that of the W and X that have been scaled
-            y = unless_rounded(y, product, x, exponent)
-            of_product = W_exponent + X_exponent
-            # Of small W and X a product that is zero may have been flushed.
-            small = of_product < jnp.finfo(product.dtype).minexp + 28
-            y = jnp.where(small & (y == 0) & (x > 0), jnp.nan, y)
-            exponent -= of_product
-        return y, exponent
+        return energy(scaled, acc), exponent
 
     y, exponent = _of_output(square, W, X, Y, keep, split)
+    if Y is not None:  # else the product is that of the W and X that have been scaled
+        Y, x = check.multiplied(jnp.asarray(Y), acc), energy(X, acc)
+        of_product = W_exponent + X_exponent
+        # Of small W and X a product that is zero may have been flushed.
+        flushed = (y == 0) & (x > 0) & (of_product < jnp.finfo(Y.dtype).minexp + 28)
+        y = jnp.where(flushed, jnp.nan, unless_rounded(y, Y, x, exponent))
+        exponent -= of_product
     unit = sums(W, X, y, keep, split)
     return unit.lar + exponent.astype(acc) * (math.log(2) / math.log(unit.n))
