@@ -101,10 +101,11 @@ class Energies(Pool):
     def lar(self) -> Float[Array, "*stack"]:
         """Log-alignment ratio of all that was pooled, differentiable, in [-inf, 1].
 
-        nan if W, X or mask is zero or not finite; and if one of the three sums is not between 1e-18
-        and 3e38 (float32), where some squares may have been flushed to zero or the sum was infinite
-        (`jlar.lar` takes any size), or Y is float16 with a root mean square below 2e-6. -inf if Y
-        is zero, or so nearly that the overlap is below 1e-16, and W and X are not small.
+        nan if W, X or mask is zero or not finite, or Y is float16 with a root mean square below
+        2e-6. -inf if the sum of squares of Y is 0 and the product of the other two above 1e-9: then
+        the overlap is below 1e-16. Else nan if one of the three sums is not between 1e-18 and 3e38
+        (float32), where squares may have been flushed to zero or the sum was infinite (`jlar.lar`
+        takes any size).
         """
         y, x, w = self.y, self.x, self.w / self.calls
         overlap = jnp.log(y) - jnp.log(x) - jnp.log(w)
@@ -197,8 +198,8 @@ def energies(
 ) -> Energies:
     """Sums of squares of W, X and Y = X W^T, from which LAR follows and which pool over batches.
 
-    Free when Y is at hand, as the logits are in a loss: three reductions that fuse with it. Without
-    Y the product is computed, O(t m n); `jlar.grams` needs none of X and W, and is cheaper when
+    Cheap when Y is at hand, as the logits are in a loss: three reductions that fuse with it.
+    Without Y the product is computed, O(t m n); `jlar.grams` does without it, and is cheaper when
     tokens and outputs both outnumber n. Differentiable, as `jlar.lar` is. Equation (1) of arXiv
     2605.28975, pooled before the logarithm.
 
@@ -234,20 +235,21 @@ def lar(
     $LAR = \log_n ( \|XW^T\|_{RMS} / (\|W\|_{RMS} \|X\|_{RMS}) )$, RMS norms over all entries
     of the pooled batch: 1 if W has rank one and every input lies along it; 1/2 if the inputs ignore
     the structure of W, as at initialisation; -inf if all inputs lie in the null space of W, or so
-    nearly that their overlap is below 1e-37. Trained layers are seen between 0.3 and 0.8. Equation
-    (1) of arXiv 2605.28975.
+    nearly that the norm of XW^T is below some 1e-37 of the product of the others. Trained layers
+    mostly lie between 0.3 and 0.8. Equation (1) of arXiv 2605.28975.
 
     The LAR of `jlar.energies`, but for W, X and Y of any size: each is read twice, for its largest
     entry and for its squares over that. O(t (m + n) + m n) given Y. Differentiable in W, X and Y to
-    any order, except at W = 0 or X = 0. To pool batches add their energies: never average LARs.
+    any order, except where one is 0. To pool batches add their energies: never average LARs.
 
     `lar(W - W0, X0)`, `lar(W0, X - X0)` and `lar(W - W0, X - X0)` are alpha, omega and u of Everett
     et al., arXiv 2407.05872: how a change of W and X since W0 and X0 lines up with either.
 
     Returns:
-        A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero, or
-        anything kept is not finite, or no entry of W, X or the Y given is above 1e-30 (of a float16
-        Y: if its root mean square is below 2e-6), where what was flushed to zero may count.
+        A scalar in [-inf, 1], float32 (float64 if an input is); nan if W or the kept X is zero,
+        anything kept is not finite, or what was flushed to zero may count: if the largest magnitude
+        in W, in X or in a Y that is given and not zero is below 1e-30, the root mean square of a
+        float16 Y below 2e-6, or Y is zero where W and X are small.
 
     Example:
         >>> import jax, jlar

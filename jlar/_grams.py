@@ -19,10 +19,10 @@ from ._spectra import Spectra
 class Grams(Pool):
     r"""The second moments $W^T W$ and $X^T X$ of one weight matrix at work, both n x n.
 
-    They pool as `Energies` do, and hold everything the spectra need. They are plain sums, of which
-    k additions one by one lose up to k 2^-24 (float32): what is read from more than 2^16 calls is
-    nan, and so is what is read of a trace that is not between 1e-18 and 3e38. CPUs add the tokens
-    of one call one by one where n is below some 16: there pool calls of 2^16 tokens or fewer.
+    They pool by `+` and `sum` as `Energies` do and hold everything the spectra need, but are plain
+    sums, of which k additions one by one lose up to k 2^-24 (float32): what is read from more than
+    2^16 calls is nan, and so is what is read of a trace that is not between 1e-18 and 3e38. On a
+    CPU, with n below some 16, as much is lost within a call: there give it at most 2^16 tokens.
     """
 
     w: Float[Array, "*stack n n"]

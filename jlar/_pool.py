@@ -1,4 +1,4 @@
-"""What Energies and Grams share: they pool exactly over tokens, however many calls there are."""
+"""What Energies and Grams share: they pool over tokens, and count them exactly."""
 
 import dataclasses
 from functools import partial
