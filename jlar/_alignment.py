@@ -121,7 +121,7 @@ def principal_dimension(
 
     Returns:
         A whole number in [1, n] as a floating-point scalar, so that nan can say that X is not
-        finite, constant, or all masked.
+        finite, all masked, or constant: to 1e-13 of its largest entry (float32).
 
     Example:
         >>> import jax.numpy as jnp, jlar
@@ -147,5 +147,6 @@ def principal_dimension(
     # Compared at the last entry with itself, not with a separately rounded total.
     enough = jnp.argmax(variance >= jnp.asarray(fraction, acc) * variance[-1]) + 1
     # The largest entry is near 1: a constant X has deviations below the square of its rounding.
-    rounding = X.size * (8 * float(jnp.finfo(acc).eps) ** 2) ** 2
+    entries = jnp.sum(keep) * X.shape[-1]
+    rounding = entries.astype(acc) * (8 * float(jnp.finfo(acc).eps) ** 2) ** 2
     return jnp.where(variance[-1] > rounding, enough.astype(acc), jnp.nan)

@@ -140,7 +140,7 @@ def unit(
     exponent = jnp.clip(exponent, -limit, limit)
     factor = jnp.ldexp(jnp.ones((), acc), -exponent).astype(A.dtype)
     if given:
-        factor = jnp.where(exponent < jnp.finfo(acc).nmant + 3 - limit, jnp.nan, factor)
+        factor = jnp.where(exponent < jnp.finfo(A.dtype).nmant + 3 - limit, jnp.nan, factor)
     return A * factor, exponent
 
 

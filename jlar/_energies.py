@@ -142,17 +142,23 @@ def is_reliable(square: Float[Array, "*stack"]) -> Bool[Array, "*stack"]:
 
 
 def unless_rounded(
-    y: Float[Array, "*stack"], Y: Array, x: Float[Array, "*stack"], exponent: ArrayLike = 0
+    y: Float[Array, "*stack"], dtype: jnp.dtype, entries: ArrayLike, exponent: ArrayLike = 0
 ) -> Float[Array, "*stack"]:
-    """y, the sum of squares of Y over 2^exponent, or nan where the dtype of Y is too coarse for it.
+    """y, the sum of squares of so many entries over 2^exponent, or nan where float16 is too coarse.
 
-    Steps of float16 are 2^-24 or more: it is nan for a root mean square of Y below 2^-19, of inputs
-    whose sum of squares x is not 0.
+    Its steps are 2^-24 or more: nan for a root mean square below 2^-19. Zeros may be those of
+    masked tokens or of rows of zeros on this device, but they may also be rounded: their sum is one
+    that is too small to be reliable by itself, and nothing beside one that is not.
     """
-    if Y.dtype != jnp.float16:
+    if dtype != jnp.float16:
         return y
-    least = jnp.ldexp(jnp.ones((), y.dtype), -38 - 2 * jnp.asarray(exponent)) * Y.size
-    return jnp.where((y < least) & (x > 0), jnp.nan, y)
+    least = jnp.ldexp(jnp.ones((), y.dtype), -38 - 2 * jnp.asarray(exponent)) * entries
+    return jnp.where(y == 0, 2.0**-80, jnp.where(y < least, jnp.nan, y))
+
+
+def _entries(Y: Array, keep: Array | None) -> ArrayLike:
+    """How many entries of Y are those of kept tokens."""
+    return Y.size if keep is None else jnp.sum(keep, dtype=jnp.float32) * Y.shape[-1]
 
 
 def sums(W: Array, X: Array, y: Float[Array, ""], keep: Array | None, split: Split) -> Energies:
@@ -218,7 +224,8 @@ def energies(
     acc = check.accumulator(W, X)
     y = _of_output(lambda Y: energy(Y, acc), W, X, Y, keep, split)
     if Y is not None:
-        y = unless_rounded(y, jnp.asarray(Y), energy(X, acc))
+        Y = jnp.asarray(Y)
+        y = unless_rounded(y, Y.dtype, _entries(Y, keep))
     return sums(W, X, y, keep, split)
 
 
@@ -267,11 +274,12 @@ def lar(
 
     y, exponent = _of_output(square, W, X, Y, keep, split)
     if Y is not None:  # else the product is that of the W and X that have been scaled
-        Y, x = check.multiplied(jnp.asarray(Y), acc), energy(X, acc)
-        of_product = W_exponent + X_exponent
-        # Of small W and X a product that is zero may have been flushed.
-        flushed = (y == 0) & (x > 0) & (of_product < jnp.finfo(Y.dtype).minexp + 28)
-        y = jnp.where(flushed, jnp.nan, unless_rounded(y, Y, x, exponent))
-        exponent -= of_product
+        Y = jnp.asarray(Y)
+        y = unless_rounded(y, Y.dtype, _entries(Y, keep), exponent)
+        exponent -= W_exponent + X_exponent
     unit = sums(W, X, y, keep, split)
-    return unit.lar + exponent.astype(acc) * (math.log(2) / math.log(unit.n))
+    # Of small W and X a Y that is given as zeros may have been flushed.
+    small = W_exponent + X_exponent < jnp.finfo(acc).minexp + 28
+    flushed = small & (unit.y == 0) & (Y is not None)
+    exponent = jnp.where(flushed, jnp.nan, exponent.astype(acc))
+    return unit.lar + exponent * (math.log(2) / math.log(unit.n))

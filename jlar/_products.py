@@ -260,9 +260,10 @@ def statistics(
     acc = check.accumulator(W, X, Y)
     if measure is energies:
         y, x, w = product.squares(keep, acc, W, X, Y, *sizes)
-        squares = unless_rounded(y, Y, x), x, w
-        n = product.n * mesh.size(split.n)
-        return Energies.of(squares, product.counts(keep, acc, *sizes), n)
+        counted = product.counts(keep, acc, *sizes)
+        entries = jnp.sum(counted[..., 1, :], axis=-1) * product.m
+        squares = unless_rounded(y, Y.dtype, entries), x, w
+        return Energies.of(squares, counted, product.n * mesh.size(split.n))
 
     def one(W: Array, X: Array, Y: Array, keep: Array | None) -> PyTree:
         if measure is grams:

@@ -117,8 +117,12 @@ def cross_entropy(
     if weights is not None:
         factors = check.per_token(weights, "weights", tokens).astype(acc)
         keep &= factors != 0
-        # Small weights would flush the gradients of half-precision logits.
-        factors, exponent = check.unit(check.zero_masked(factors, keep), acc, split)
+        if reduction != "none":
+            # Large weights overflow, small ones would flush gradients of half-precision logits.
+            scaled = check.zero_masked(factors, keep)
+            scaled, exponent = check.unit(scaled, acc, split, given=False)
+            tiny = jnp.finfo(acc).tiny  # a factor of 0 would drop its token
+            factors = scaled + jnp.where(keep & (scaled == 0), tiny, 0)
     X, factors, labels = (check.zero_masked(a, keep) for a in (X, factors, labels))
     divisor = jnp.sum(factors)
     # A label outside the vocabulary makes its token's loss nan; after the sum, so that the

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import socket
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -33,10 +33,9 @@ class Checkpoints:
     def __init__(self, folder: Path):
         folder.mkdir(exist_ok=True)
         self._folder = folder
-        _hush()
         with ExitStack() as stack:  # without free descriptors uvloop, orbax's loop, aborts
             for _ in range(DESCRIPTORS):
-                stack.enter_context(socket.socket())
+                stack.enter_context(open(os.devnull))
 
     @cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
@@ -225,10 +224,10 @@ def _deepest(error: BaseException) -> BaseException:
     return error
 
 
-def _hush() -> None:
-    """Let orbax log nothing: what is told here in one line takes it hundreds.
+def hush() -> None:
+    """Let orbax log nothing: what a command tells in one line takes it hundreds.
 
-    For good, since its threads and tasks go on after an error has been raised.
+    For the rest of the process, since orbax's threads and tasks go on after an error is raised.
     """
     for name in ("absl", "asyncio", "orbax"):
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)

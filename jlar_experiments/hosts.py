@@ -49,14 +49,9 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def _alone() -> bool:
-    """Whether there is one host; asks for the devices only if there may be more."""
-    return not jax.distributed.is_initialized() or jax.process_count() == 1
-
-
 def lines(own: str) -> list[str]:
     """A line from every host, in their order; all wait for all."""
-    if _alone():
+    if jax.process_count() == 1:
         return [own]
     width = 4 * errors.LONGEST
     mine = np.frombuffer(
@@ -80,7 +75,7 @@ def together() -> Iterator[None]:
         own = error
     except Exception as error:
         own = errors.trouble(error)
-        if own is None and _alone():
+        if own is None and jax.process_count() == 1:
             raise
         own = own or Trouble(errors.line(error))
     said = "" if own is None else ("2 " if isinstance(own, Refusal) else "1 ") + errors.line(own)

@@ -195,8 +195,8 @@ def test_a_product_that_its_dtype_cannot_hold_is_nan(scale, dtype):
     _, measured = jlar.capture(lambda w, X: X @ w["W"].T)({"W": W}, X)
     for value in (*found, measured["W"].lar):
         assert right_or_nan(value, wanted, tolerance)
-    if scale > 0.05:
-        assert not np.isnan(found).any()
+    if scale >= {"float16": 1e-2}.get(dtype, 1e-4):
+        assert not np.isnan([*found, measured["W"].lar]).any()
 
 
 def test_a_product_of_zeros_is_believed_where_it_can_be():
@@ -204,9 +204,34 @@ def test_a_product_of_zeros_is_believed_where_it_can_be():
     zero = jnp.zeros((1, 1))
     assert jlar.lar(W, X, Y=zero) == jlar.energies(W, X, Y=zero).lar == -jnp.inf
     assert jnp.isnan(jlar.lar(1e-20 * W, 1e-20 * X, Y=zero))
-    masked = jlar.energies(*(a.astype("float16") for a in (W, 0 * X)), Y=zero.astype("float16"))
-    whole = masked + jlar.energies(W, W, Y=W @ W.T)  # a device whose tokens are all masked
-    assert whole.lar == jlar.lar(W, W)
+
+
+def test_float16_is_too_coarse_only_for_entries_that_count():
+    """Of masked tokens, of a W of zeros, and of other groups nothing is rounded."""
+    W, X = (jnp.asarray(a, jnp.float16) for a in gaussian(16, 16, 1000))
+    X = X.at[5:].set(0) * jnp.float16(1e-3)  # root mean square of Y: .004, of all with zeros .0003
+    X = X / 16
+    mask = jnp.arange(1000) < 5
+    wanted = reference.lar(W, X[:5])
+    for value in (jlar.lar, lambda *a, **k: jlar.energies(*a, **k).lar):
+        np.testing.assert_allclose(value(W, X, Y=X @ W.T, mask=mask), wanted, atol=2e-3)
+    none = jnp.zeros_like(W)
+    pooled = jlar.energies(none, X, Y=X @ none.T) + jlar.energies(W, X, Y=X @ W.T)
+    assert jnp.isfinite(pooled.lar)
+    padded = jnp.concatenate([W, none])
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.shard_map(
+        lambda W, X: jlar.energies(W, X, Y=X @ W.T, axes={"m": "d"}).lar,
+        mesh=mesh,
+        in_specs=(jax.P("d"), jax.P()),
+        out_specs=jax.P(),
+    )
+    np.testing.assert_allclose(split(padded, X), jlar.energies(padded, X).lar, atol=2e-3)
+    experts = jnp.stack([W] * 64)
+    _, measured = jlar.capture(
+        lambda w, X, sizes: jax.lax.ragged_dot(X, jnp.swapaxes(w["e"], 1, 2), sizes)
+    )({"e": experts}, X[:64].at[:].set(X[0]), jnp.ones(64, jnp.int32))
+    np.testing.assert_allclose(measured["e"].lar, reference.lar(W, X[:1]), atol=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -218,11 +243,12 @@ def test_one_large_entry_takes_nothing_from_the_others(dtype):
     np.testing.assert_allclose(jlar.lar(W, X), reference.lar(W, X), rtol=1e-5)
 
 
-def test_subnormal_entries_are_nan():
+def test_entries_that_may_be_subnormal_are_nan():
     W, X = (jnp.asarray(a, jnp.float32) for a in gaussian(9, 8, 7))
-    for small in (1e-31, 1e-33, 1e-37, 1e-38):
-        assert right_or_nan(jlar.lar(np.float32(small) * W, X), reference.lar(W, X))
-        assert right_or_nan(jlar.alignment(W, np.float32(small) * X).lar, reference.lar(W, X))
+    np.testing.assert_allclose(jlar.lar(np.float32(1e-29) * W, X), reference.lar(W, X), rtol=1e-5)
+    for small in (1e-32, 1e-37, 1e-38):
+        assert jnp.isnan(jlar.lar(np.float32(small) * W, X))
+        assert jnp.isnan(jlar.alignment(W, np.float32(small) * X).lar)
     assert jnp.isnan(jlar.lar(jnp.array([[2e-38, 1.1e-38]]), jnp.array([[0.0, 1.0]])))
 
 

@@ -50,8 +50,10 @@ Tasks 1 to 9 are modulo p; 4 is x/y for odd y, x-y for even y; S5: permutations.
 def grok(arguments: argparse.Namespace) -> int:
     """`jlar grok`: train, or continue, and report."""
     config = settings(arguments, GrokConfig)
+    from .. import checkpoint
     from . import ensemble, study
 
+    checkpoint.hush()
     folder = arguments.out or Path("runs") / config.name
     with study.opened(config, folder, fresh=arguments.fresh):
         if not ensemble.run(config, folder, checkpoint_seconds=arguments.checkpoint_seconds):

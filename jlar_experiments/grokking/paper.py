@@ -73,8 +73,11 @@ def grokking(arguments: argparse.Namespace) -> int:
 
 def _train(paper: PaperConfig, out: Path, until: float, checkpoint_seconds: float) -> None:
     """Every run that is not finished; one that is there and longer stays as long."""
+    from .. import checkpoint
     from ..progress import say
     from . import ensemble, results, study
+
+    checkpoint.hush()
 
     packed = results.packed(out)
     folders = [

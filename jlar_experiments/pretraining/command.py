@@ -250,10 +250,11 @@ def _trained(
     """
     import jax
 
+    from .. import checkpoint, hosts
     from .. import folder as folders
-    from .. import hosts
     from . import inputs, study
 
+    checkpoint.hush()
     with contextlib.ExitStack() as stack:
         with hosts.together():
             baseline = None if compared is None else inputs.baseline(compared)

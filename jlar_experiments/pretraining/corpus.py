@@ -111,7 +111,7 @@ def prepare(
                 return made
             out.rename(unused(out.with_name(f"{out.name}.earlier")))
         draft.rename(out)
-        (out / drafts.LOCK).unlink()
+        (out / drafts.LOCK).unlink(missing_ok=True)
     return made
 
 
