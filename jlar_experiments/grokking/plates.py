@@ -113,7 +113,7 @@ def _grid(runs: Sequence[Run]) -> Figure:
     for i, (axes, (name, own)) in enumerate(zip(grid, found.items(), strict=False)):
         right = axes.twinx()
         _mean(axes, right, own)
-        axes.set_title(textwrap.fill(f"{name} (n = {len(own)})", 36))
+        axes.set_title(textwrap.fill(f"{name} (n\xa0=\xa0{len(own)})", 36))
         right.set_ylim(-0.03, 1.03)
         if i % columns == 0:
             axes.set_ylabel("LAR", color=LAR)

@@ -85,8 +85,9 @@ def test_the_table_of_predicted_gaps():
 
 def test_the_tables_of_section_4():
     runs = results.read(RESULTS / "paper-grokking")
+    page = PAGE.replace(r"x/y\|x-y", "x/y|x-y")  # in Markdown a bar ends a cell
     for cells in results.table1(runs)[1:]:
-        assert f"| {' | '.join(cells)} |" in PAGE
+        assert f"| {' | '.join(cells)} |" in page
     for run in runs:
         if run.config.seed:  # the second table is of seed 0
             continue
@@ -97,7 +98,7 @@ def test_the_tables_of_section_4():
             cells.append(f"{row['epoch']}, {short(row['lar'])}, {numbers}" if row else "-")
         rings = [row["epoch"] for row in line.rows if "grokking" in row["alarms"]]
         cells += [f"{line.rows[-1]['val_acc']:.0%}", str(rings[0] if rings else "never")]
-        assert f"| {' | '.join(cells)} |" in PAGE
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def table(name: str) -> list[list[str]]:
