@@ -255,7 +255,7 @@ def main(folder: Path) -> int:
         if not (folder.is_dir() and read(folder)):
             raise Refusal(f"{folder} is no folder that holds runs of `jlar paper grokking`")
         pack(folder)
-    except (errors.Told, OSError) as error:
+    except (errors.Told, OSError, KeyboardInterrupt) as error:
         print(errors.line(error), file=sys.stderr)
         return errors.code(error)
     return 0
